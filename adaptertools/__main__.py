@@ -1,0 +1,3 @@
+from adaptertools.cli import main
+
+main()

@@ -1,0 +1,278 @@
+"""One call each: read, write and convert adapters, for a path or for tensors in memory."""
+
+import inspect
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adaptertools import containers, formats
+from adaptertools.adapter import Adapter, HistoryEntry, parse_feature
+from adaptertools.containers import sidecar
+from adaptertools.containers.atomic import publish_files, publish_folder, staged, write_text
+from adaptertools.containers.checkpoint import Checkpoint
+from adaptertools.containers.history import header_strings
+from adaptertools.containers.jsonfile import format_json
+from adaptertools.containers.source import Source
+from adaptertools.encoding import Encoder, Loss
+from adaptertools.errors import AdapterToolsError, AmbiguousFormatError, DestinationExistsError, OptionError
+from adaptertools.formats import Artifact, Format
+from adaptertools.tensors import check_finite, materialize, parse_dtype
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes done and the bytes in all."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WriteReport:
+    """What was written, and what it lost: `losses` has an entry for every tensor that was scaled or cast."""
+
+    path: Path
+    format: str
+    container: str
+    nbytes: int
+    losses: tuple[Loss, ...] = ()
+    notes: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
+
+    @property
+    def exact(self) -> bool:
+        """Whether not one bit was lost."""
+        return all(loss.exact for loss in self.losses)
+
+    @property
+    def max_relative_error(self) -> float:
+        """The largest relative error of any element."""
+        return max((loss.max_relative_error for loss in self.losses), default=0.0)
+
+
+def read(
+    path: str | Path,
+    *,
+    format: str | None = None,
+    alpha: float | None = None,
+    slots: str | None = None,
+    base: str | Path | None = None,
+    **options: Any,
+) -> Adapter:
+    """Read an adapter. Its tensors are mapped from disk where the container allows it; values are not looked at.
+
+    `format` is told by the content unless given. `alpha` is for files that cannot state it; `slots` for fused
+    projections of loralib files; `base` a base model whose headers settle names and shapes; `options` are the format's own.
+
+    Memory: headers only, for safetensors, npz and torch files
+    Raises: AdapterToolsError
+    """
+    source = Source(Path(path))
+    name = format or formats.detect(source)
+    given = {"alpha": alpha, "slots": slots, "base": Checkpoint.open(Path(base)) if base is not None else None}
+    adapter = _read(source, name, {key: value for key, value in given.items() if value is not None}, options)
+    return adapter
+
+
+def from_state_dict(
+    tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None = None, *, format: str, **options: Any
+) -> Adapter:
+    """The adapter that these tensors and this configuration describe, as if read from a file of the format.
+
+    Raises: AdapterToolsError
+    """
+    module = formats.get(format)
+    name = module.CONFIG if module.FOLDER else f"memory{module.CONFIG}"
+    source = Source.in_memory(tensors, {name: config} if config is not None else {})
+    return _read(source, format, {}, options)
+
+
+def to_state_dict(
+    adapter: Adapter, *, format: str, dtype: str | torch.dtype | None = None, drop: Collection[str] = (), **options: Any
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the configuration that the format would write.
+
+    Memory: every tensor
+    Raises: UnsupportedFeatureError if the format cannot carry the adapter
+    """
+    module = formats.get(format)
+    encoder = Encoder(_dtype(dtype))
+    artifact = _encode(without(adapter, drop), format, encoder, container=None, options=options)
+    tensors = {name: materialize(tensor) for name, tensor in artifact.tensors.items()}
+    return tensors, dict(artifact.documents.get(module.CONFIG, {}))
+
+
+def write(
+    adapter: Adapter,
+    path: str | Path,
+    *,
+    format: str,
+    container: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    drop: Collection[str] = (),
+    overwrite: bool = False,
+    allow_nonfinite: bool = False,
+    operation: HistoryEntry | None = None,
+    on_progress: Progress | None = None,
+    **options: Any,
+) -> WriteReport:
+    """Write an adapter. The result appears whole or not at all.
+
+    `drop` names the features to give up where the format cannot carry them. `operation` is what made this adapter; it
+    enters the history together with the error that writing added.
+
+    Memory: one tensor, beside the adapter itself
+    Raises: UnsupportedFeatureError, NonFiniteError, DestinationExistsError, DestinationError
+    """
+    dst = Path(path)
+    module = formats.get(format)
+    container = container or module.CONTAINERS[0]
+    check_destination(dst, module, overwrite)
+    encoder = Encoder(_dtype(dtype), allow_nonfinite=allow_nonfinite)
+    kept = without(adapter, drop)
+    artifact = _encode(kept, format, encoder, container=container, options=options)
+    history = [entry.to_json() for entry in kept.history]
+    if operation is not None or encoder.losses:
+        history.append(_describe(operation or HistoryEntry(operation="write"), format, encoder.losses))
+    nbytes = _store(artifact, module, container, dst, history, on_progress)
+    return WriteReport(
+        path=dst,
+        format=format,
+        container=container,
+        nbytes=nbytes,
+        losses=tuple(encoder.losses),
+        notes=artifact.notes,
+        dropped=tuple(
+            f"{feature}: {name}" for feature in map(parse_feature, drop) for name in adapter.holders(feature)
+        ),
+    )
+
+
+def convert(
+    src: str | Path, dst: str | Path, *, to: str, read_options: Mapping[str, Any] | None = None, **write_options: Any
+) -> WriteReport:
+    """Read an adapter and write it in another format.
+
+    Raises: AdapterToolsError
+    """
+    adapter = read(src, **(read_options or {}))
+    assert adapter.origin is not None
+    entry = HistoryEntry(operation="convert", source=Path(src).name, details={"from": adapter.origin.format, "to": to})
+    return write(adapter, dst, format=to, operation=entry, **write_options)
+
+
+def without(adapter: Adapter, drop: Collection[str]) -> Adapter:
+    """The adapter with the named features given up.
+
+    Raises: OptionError for an unknown name
+    """
+    for name in drop:
+        adapter = adapter.without(parse_feature(name))
+    return adapter
+
+
+def option_types(function: Callable[..., Any], reserved: Collection[str]) -> dict[str, inspect.Parameter]:
+    """The keyword-only parameters of a format's `read` or `write` that are its own options."""
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in reserved}
+
+
+def check_destination(dst: Path, module: Format, overwrite: bool) -> None:
+    """Make sure that a result of this format may stand at `dst`.
+
+    Raises: DestinationExistsError
+    """
+    if not dst.exists() or (module.FOLDER and dst.is_dir() and not any(dst.iterdir())):
+        return
+    if dst.is_dir() != module.FOLDER:
+        wanted, found = ("folder", "file") if module.FOLDER else ("file", "folder")
+        raise DestinationExistsError(f"{dst} is a {found}, and this format is written as a {wanted}: give another name")
+    if not overwrite:
+        raise DestinationExistsError(f"{dst} exists. --overwrite replaces it")
+    try:
+        formats.detect(Source(dst))
+    except AmbiguousFormatError:
+        return
+    except AdapterToolsError as error:
+        raise DestinationExistsError(f"{dst} is no adapter, so it is not replaced: {error}") from error
+
+
+def _read(source: Source, name: str, given: Mapping[str, Any], options: Mapping[str, Any]) -> Adapter:
+    module = formats.get(name)
+    accepted = option_types(module.read, ())
+    for key in {**given, **options}:
+        if key not in accepted and key != "base":
+            raise OptionError(f"reading {name} takes no {key!r}; it takes {', '.join(accepted) or 'no option'}")
+    return module.read(source, **{key: value for key, value in {**given, **options}.items() if key in accepted})
+
+
+def _encode(
+    adapter: Adapter, name: str, encoder: Encoder, *, container: str | None, options: Mapping[str, Any]
+) -> Artifact:
+    module = formats.get(name)
+    if not module.CONTAINERS:
+        raise OptionError(f"{name} can be read, not written")
+    if container is not None and container not in module.CONTAINERS:
+        raise OptionError(f"{name} is written as {', '.join(module.CONTAINERS)}, not as {container}")
+    accepted = option_types(module.write, ("container",))
+    for key in options:
+        if key not in accepted:
+            raise OptionError(f"writing {name} takes no {key!r}; it takes {', '.join(accepted) or 'no option'}")
+    formats.check_features(adapter, name)
+    return module.write(adapter, encoder, container=container or module.CONTAINERS[0], **options)
+
+
+def _store(
+    artifact: Artifact,
+    module: Format,
+    container: str,
+    dst: Path,
+    history: list[dict[str, Any]],
+    on_progress: Progress | None,
+) -> int:
+    """Write the files of an artifact beside `dst` and move them there. Returns the bytes of tensors written."""
+    total = sum(tensor.nbytes for tensor in artifact.tensors.values())
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        if on_progress is not None:
+            on_progress(done, total)
+
+    metadata, documents = dict(artifact.metadata), {name: dict(doc) for name, doc in artifact.documents.items()}
+    if history and container == "safetensors":
+        metadata |= header_strings(history)
+    elif history:
+        documents.setdefault(artifact.sidecar, {})["history"] = history
+    with staged(dst) as staging:
+        weights = staging / (artifact.stem + containers.get(container).SUFFIX if module.FOLDER else dst.name)
+        containers.get(container).write(weights, artifact.tensors, metadata, advance)
+        if module.FOLDER:
+            for name, document in documents.items():
+                write_text(staging / name, format_json(document))
+            publish_folder(staging, dst, [pattern for name in formats.names() for pattern in formats.get(name).FILES])
+        else:
+            previous = Source(dst) if dst.exists() else None
+            for suffix, document in documents.items():
+                bound = sidecar.bind(document, weights, previous.document(dst.name + suffix) if previous else None)
+                write_text(staging / (dst.name + suffix), format_json(bound))
+            publish_files(staging, dst, [*(dst.name + suffix for suffix in documents), dst.name])
+    return total
+
+
+def _describe(operation: HistoryEntry, format: str, losses: list[Loss]) -> dict[str, Any]:
+    details: dict[str, Any] = {"format": format, **operation.details}
+    if losses:
+        details["exact"] = all(loss.exact for loss in losses)
+        details["max_relative_error"] = max(loss.max_relative_error for loss in losses)
+    return replace(operation, details=details).to_json()
+
+
+def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    return parse_dtype(dtype) if isinstance(dtype, str) else dtype
+
+
+def check_values(adapter: Adapter) -> None:
+    """Raises: NonFiniteError that names the first tensor with NaN or inf."""
+    for name, tensor in adapter.named_tensors.items():
+        check_finite(name, tensor)

@@ -1,0 +1,130 @@
+"""Everything that adaptertools raises on purpose.
+
+AdapterToolsError
+├── FileError(ValueError)               the bytes are at fault
+│   ├── EmptyFileError                  nothing in it
+│   ├── DamagedFileError                truncated, over-long, or a header that lies
+│   ├── UnsafeFileError                 would run code, expand without bound, or leave its folder
+│   └── LfsPointerError                 a Git LFS pointer where weights should be
+├── FormatError(ValueError)             which format is it?
+│   ├── UnknownFormatError
+│   ├── AmbiguousFormatError
+│   └── NotLoraError                    IA3, AdaLoRA, VeRA, LoHa … by name
+├── AdapterError(ValueError)            the adapter that the bytes describe is at fault
+│   ├── ConfigError                     a configuration that is missing, malformed or not understood
+│   ├── MissingAlphaError               the file cannot state alpha and the caller did not
+│   ├── UnpairedFactorError             lora_A without lora_B, or the reverse
+│   ├── EmptyFactorError                size-0 or 1-D factors, as ZeRO-3 leaves them
+│   ├── ShapeError                      ranks or shapes that disagree
+│   ├── NonFiniteError                  NaN or inf
+│   ├── DuplicateTargetError            two modules that change the same weight
+│   └── UnclaimedTensorError            a tensor that belongs to nothing known
+├── UnsupportedFeatureError(ValueError) the format cannot carry it, or the operation cannot do it
+├── OptionError(ValueError)             an argument that makes no sense here
+├── MissingExtraError(ImportError)      an optional package is not installed
+├── DestinationError(OSError)           the result cannot be put there
+│   └── DestinationExistsError(FileExistsError)
+└── SourceNotFoundError(FileNotFoundError)
+
+A message says where (file, key), what was found, what was expected, and what to do.
+"""
+
+
+class AdapterToolsError(Exception):
+    """Base of every error that adaptertools raises on purpose."""
+
+
+class FileError(AdapterToolsError, ValueError):
+    """The bytes of a file are at fault."""
+
+
+class EmptyFileError(FileError):
+    """A file without content, or without any tensor."""
+
+
+class DamagedFileError(FileError):
+    """A file that is truncated, over-long, or whose header lies about its content."""
+
+
+class UnsafeFileError(FileError):
+    """A file that would run code, expand without bound, or write outside its folder."""
+
+
+class LfsPointerError(FileError):
+    """A Git LFS pointer stands where the weights should be."""
+
+
+class FormatError(AdapterToolsError, ValueError):
+    """The format of an adapter could not be settled."""
+
+
+class UnknownFormatError(FormatError):
+    """No format recognises the content."""
+
+
+class AmbiguousFormatError(FormatError):
+    """Several formats, or several adapters, stand in one place."""
+
+
+class NotLoraError(FormatError):
+    """An adapter of another kind than LoRA."""
+
+
+class AdapterError(AdapterToolsError, ValueError):
+    """The bytes are sound, but the adapter that they describe is not."""
+
+
+class ConfigError(AdapterError):
+    """An adapter configuration that is missing, malformed or not understood."""
+
+
+class MissingAlphaError(AdapterError):
+    """The format cannot state alpha, and the caller did not."""
+
+
+class UnpairedFactorError(AdapterError):
+    """lora_A without lora_B, or lora_B without lora_A."""
+
+
+class EmptyFactorError(AdapterError):
+    """A factor of size 0 or of one dimension."""
+
+
+class ShapeError(AdapterError):
+    """Ranks or shapes that disagree."""
+
+
+class NonFiniteError(AdapterError):
+    """NaN or infinity among the values."""
+
+
+class DuplicateTargetError(AdapterError):
+    """Two modules that change the same weight."""
+
+
+class UnclaimedTensorError(AdapterError):
+    """A tensor that belongs to no module and to nothing else that is known."""
+
+
+class UnsupportedFeatureError(AdapterToolsError, ValueError):
+    """A format cannot carry, or an operation cannot handle, what the adapter holds."""
+
+
+class OptionError(AdapterToolsError, ValueError):
+    """An argument that makes no sense here."""
+
+
+class MissingExtraError(AdapterToolsError, ImportError):
+    """An optional package is needed and not installed."""
+
+
+class DestinationError(AdapterToolsError, OSError):
+    """The result cannot be put where it was asked for."""
+
+
+class DestinationExistsError(DestinationError, FileExistsError):
+    """The destination exists and may not be replaced."""
+
+
+class SourceNotFoundError(AdapterToolsError, FileNotFoundError):
+    """There is nothing at the place to read from."""

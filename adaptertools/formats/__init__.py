@@ -1,0 +1,108 @@
+"""Formats: named tensors <-> Adapter, one file each. The folder is the registry.
+
+A format module says what it is in these names:
+
+    SUMMARY     one line for tables
+    CONTAINERS  the containers that it is written in, the default first; empty if it is only read
+    FOLDER      True if it is written as a folder, False if as one file
+    CONFIG      the name of its JSON document; for formats that are one file, what is added to the file's name
+    FILES       patterns of the file names that belong to it in a folder; what `--overwrite` replaces
+    CARRIES     the Features that it can hold; a writer never sees an adapter with any other
+    detect(source) -> bool
+    read(source, *, options) -> Adapter
+    write(adapter, encoder, *, container, options) -> Artifact
+
+The keyword-only parameters of `read` and `write` are the format's options on the command line. `alpha`, `slots` and
+`base`, where `read` has them, are given by `--source-alpha`, `--slots` and `--base`.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, Protocol, cast
+
+from adaptertools.adapter import Adapter, Feature
+from adaptertools.containers.source import Source
+from adaptertools.errors import AmbiguousFormatError, OptionError, UnknownFormatError, UnsupportedFeatureError
+from adaptertools.tensors import NamedTensors
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Artifact:
+    """What a format writes: one tensor file and the JSON documents beside it.
+
+    `stem` is the tensor file's name in a folder, without the container's suffix; it has no meaning for formats that are
+    one file. `documents` are keyed by file name, or by what is added to the file's name. `sidecar` is the key of the
+    document that carries the history where the container has no header for it. `notes` say what the user has to know
+    to use the result.
+    """
+
+    tensors: NamedTensors
+    stem: str
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    documents: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    sidecar: str
+    notes: tuple[str, ...] = ()
+
+
+class Format(Protocol):
+    """What a format module offers."""
+
+    SUMMARY: str
+    CONTAINERS: tuple[str, ...]
+    FOLDER: bool
+    CONFIG: str
+    FILES: tuple[str, ...]
+    CARRIES: frozenset[Feature]
+    read: Callable[..., Adapter]
+    write: Callable[..., Artifact]
+
+    def detect(self, source: Source) -> bool: ...
+
+
+@cache
+def names() -> tuple[str, ...]:
+    """The names of all formats, as the command line spells them."""
+    return tuple(sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(__path__)))
+
+
+def get(name: str) -> Format:
+    """The format with this name.
+
+    Raises: OptionError
+    """
+    if name not in names():
+        raise OptionError(f"unknown format {name!r}: expected one of {', '.join(names())}")
+    return cast(Format, importlib.import_module(f"{__name__}.{name.replace('-', '_')}"))
+
+
+def detect(source: Source) -> str:
+    """The name of the one format that recognises the content.
+
+    Raises: UnknownFormatError, AmbiguousFormatError
+    """
+    found = [name for name in names() if get(name).detect(source)]
+    if not found:
+        raise UnknownFormatError(
+            f"{source.label}: no adapter of a known format. Known are {', '.join(names())}; "
+            "name one with --from to see what is wrong with it"
+        )
+    if len(found) > 1:
+        raise AmbiguousFormatError(f"{source.label}: this may be {' or '.join(found)}; say which with --from")
+    return found[0]
+
+
+def check_features(adapter: Adapter, name: str) -> None:
+    """Raises: UnsupportedFeatureError that names what the format cannot carry and who holds it."""
+    missing = sorted(adapter.features - get(name).CARRIES)
+    if missing:
+        lines = [f"{feature} ({_few(adapter.holders(feature))})" for feature in missing]
+        drop = " ".join(f"--drop {feature}" for feature in missing)
+        raise UnsupportedFeatureError(f"{name} cannot carry {'; '.join(lines)}. To give that up: {drop}")
+
+
+def _few(items: Collection[str], most: int = 3) -> str:
+    shown = ", ".join(list(items)[:most])
+    return shown if len(items) <= most else f"{shown} and {len(items) - most} more"

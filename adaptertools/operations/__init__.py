@@ -1,0 +1,1 @@
+"""Adapter(s) in, Adapter out; one file each."""

@@ -1,0 +1,106 @@
+"""Tensors by name: dtypes, values that are computed only when written, and checks on values."""
+
+import functools
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adaptertools.errors import NonFiniteError, OptionError
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "f64": torch.float64,
+    "f32": torch.float32,
+    "f16": torch.float16,
+    "bf16": torch.bfloat16,
+}
+"""The short dtype names of the command line and of reports."""
+
+_SHORT_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deferred:
+    """A tensor known by shape and dtype, computed at the moment it is written.
+
+    It lets a writer lay out a file of any size while holding one tensor in memory.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    compute: Callable[[], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count * self.dtype.itemsize
+
+
+NamedTensors = Mapping[str, Tensor | Deferred]
+
+
+def materialize(tensor: Tensor | Deferred) -> Tensor:
+    """The tensor itself, computed now if it was deferred."""
+    return tensor.compute() if isinstance(tensor, Deferred) else tensor
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`f32`, `bf16` …; torch's own name for dtypes without a short one."""
+    return _SHORT_NAMES.get(dtype, str(dtype).removeprefix("torch."))
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """The dtype with this short name.
+
+    Raises: OptionError for any other name
+    """
+    try:
+        return DTYPES[name]
+    except KeyError:
+        raise OptionError(f"unknown dtype {name!r}: expected one of {', '.join(DTYPES)}") from None
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The tensor's bytes in C order, without a copy where it is contiguous."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy())
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no element is NaN or infinite, in one pass and without a temporary of the tensor's size."""
+    if tensor.numel() == 0 or not tensor.is_floating_point():
+        return True
+    low, high = torch.aminmax(tensor)
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raises: NonFiniteError that names the tensor and counts the bad values."""
+    if not all_finite(tensor):
+        nan = int(torch.isnan(tensor).sum())
+        inf = int(torch.isinf(tensor).sum())
+        raise NonFiniteError(
+            f"{name}: {nan} NaN and {inf} infinite of {tensor.numel()} values. "
+            "The adapter is damaged or its training diverged; --allow-nonfinite carries them along"
+        )
+
+
+def natural_order(name: str) -> tuple[tuple[int, int, str], ...]:
+    """A sort key under which `layers.2` stands before `layers.10`."""
+    return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name))
+
+
+def combine(
+    parts: Sequence[Tensor | Deferred], shape: tuple[int, ...], join: Callable[[list[Tensor]], Tensor]
+) -> Deferred:
+    """Several tensors made into one of `shape` by `join`, when it is written; the widest dtype of the parts wins."""
+    dtype = functools.reduce(torch.promote_types, (part.dtype for part in parts))
+    return Deferred(
+        shape=shape,
+        dtype=dtype,
+        compute=lambda: join([materialize(part).to(dtype) for part in parts]).contiguous(),
+    )
