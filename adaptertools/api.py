@@ -1,7 +1,7 @@
 """One call each: read, write and convert adapters, for a path or for tensors in memory."""
 
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from adaptertools import containers, formats
-from adaptertools.adapter import Adapter, HistoryEntry, parse_feature
+from adaptertools.adapter import Adapter, HistoryEntry, merge_notes, parse_feature
 from adaptertools.containers import sidecar
 from adaptertools.containers.atomic import publish_files, publish_folder, staged, write_text
 from adaptertools.containers.checkpoint import Checkpoint
@@ -20,6 +20,7 @@ from adaptertools.containers.source import Source
 from adaptertools.encoding import Encoder, Loss
 from adaptertools.errors import AdapterToolsError, AmbiguousFormatError, DestinationExistsError, OptionError
 from adaptertools.formats import Artifact, Format
+from adaptertools.operations.select import left_out, select
 from adaptertools.tensors import check_finite, materialize, parse_dtype
 
 Progress = Callable[[int, int], None]
@@ -28,15 +29,21 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WriteReport:
-    """What was written, and what it lost: `losses` has an entry for every tensor that was scaled or cast."""
+    """What was written, and what it lost: `losses` has an entry for every tensor that was scaled or cast.
+
+    `dropped` is what the caller gave up, `left_out` what a selection left behind.
+    """
 
     path: Path
     format: str
     container: str
     nbytes: int
+    modules: int
     losses: tuple[Loss, ...] = ()
     notes: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+    source_format: str | None = None
 
     @property
     def exact(self) -> bool:
@@ -61,7 +68,8 @@ def read(
     """Read an adapter. Its tensors are mapped from disk where the container allows it; values are not looked at.
 
     `format` is told by the content unless given. `alpha` is for files that cannot state it; `slots` for fused
-    projections of loralib files; `base` a base model whose headers settle names and shapes; `options` are the format's own.
+    projections of loralib files; `base` is a base model whose headers settle names and shapes; `options` are those of
+    the format itself.
 
     Memory: headers only, for safetensors, npz and torch files
     Raises: AdapterToolsError
@@ -69,8 +77,7 @@ def read(
     source = Source(Path(path))
     name = format or formats.detect(source)
     given = {"alpha": alpha, "slots": slots, "base": Checkpoint.open(Path(base)) if base is not None else None}
-    adapter = _read(source, name, {key: value for key, value in given.items() if value is not None}, options)
-    return adapter
+    return _read(source, name, {key: value for key, value in given.items() if value is not None}, options)
 
 
 def from_state_dict(
@@ -125,22 +132,23 @@ def write(
     """
     dst = Path(path)
     module = formats.get(format)
-    container = container or module.CONTAINERS[0]
     check_destination(dst, module, overwrite)
     encoder = Encoder(_dtype(dtype), allow_nonfinite=allow_nonfinite)
     kept = without(adapter, drop)
+    container = container or next(iter(module.CONTAINERS), "none")
     artifact = _encode(kept, format, encoder, container=container, options=options)
     history = [entry.to_json() for entry in kept.history]
-    if operation is not None or encoder.losses:
-        history.append(_describe(operation or HistoryEntry(operation="write"), format, encoder.losses))
+    if operation is not None or encoder.losses or drop:
+        history.append(_describe(operation or HistoryEntry(operation="write"), format, drop, encoder.losses))
     nbytes = _store(artifact, module, container, dst, history, on_progress)
     return WriteReport(
         path=dst,
         format=format,
         container=container,
         nbytes=nbytes,
+        modules=len(kept.modules),
         losses=tuple(encoder.losses),
-        notes=artifact.notes,
+        notes=merge_notes(adapter.notes, artifact.notes),
         dropped=tuple(
             f"{feature}: {name}" for feature in map(parse_feature, drop) for name in adapter.holders(feature)
         ),
@@ -148,16 +156,31 @@ def write(
 
 
 def convert(
-    src: str | Path, dst: str | Path, *, to: str, read_options: Mapping[str, Any] | None = None, **write_options: Any
+    src: str | Path,
+    dst: str | Path,
+    *,
+    to: str,
+    only: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    rename: Sequence[str] = (),
+    read_options: Mapping[str, Any] | None = None,
+    **write_options: Any,
 ) -> WriteReport:
-    """Read an adapter and write it in another format.
+    """Read an adapter and write it in another format. `only`, `exclude` and `rename` are those of `select`.
 
     Raises: AdapterToolsError
     """
     adapter = read(src, **(read_options or {}))
     assert adapter.origin is not None
-    entry = HistoryEntry(operation="convert", source=Path(src).name, details={"from": adapter.origin.format, "to": to})
-    return write(adapter, dst, format=to, operation=entry, **write_options)
+    chosen = select(adapter, only=only, exclude=exclude, rename=rename) if only or exclude or rename else adapter
+    details = {"from": adapter.origin.format, "to": to}
+    entry = HistoryEntry(operation="convert", source=Path(src).name, details=details)
+    report = write(chosen, dst, format=to, operation=entry, **write_options)
+    return replace(
+        report,
+        source_format=adapter.origin.format,
+        left_out=left_out(adapter, only=only, exclude=exclude),
+    )
 
 
 def without(adapter: Adapter, drop: Collection[str]) -> Adapter:
@@ -170,9 +193,27 @@ def without(adapter: Adapter, drop: Collection[str]) -> Adapter:
     return adapter
 
 
+def detect(path: str | Path) -> str:
+    """The name of the format of the adapter at `path`, told by its content.
+
+    Raises: SourceNotFoundError, UnknownFormatError, AmbiguousFormatError
+    """
+    return formats.detect(Source(Path(path)))
+
+
+def read_options(format: str) -> dict[str, inspect.Parameter]:
+    """The options of a format's reader that are its own: `alpha`, `slots` and `base` are those of every reader."""
+    return option_types(formats.get(format).read, ("alpha", "slots", "base"))
+
+
+def write_options(format: str) -> dict[str, inspect.Parameter]:
+    """The options of a format's writer that are its own."""
+    return option_types(formats.get(format).write, ("container",))
+
+
 def option_types(function: Callable[..., Any], reserved: Collection[str]) -> dict[str, inspect.Parameter]:
     """The keyword-only parameters of a format's `read` or `write` that are its own options."""
-    parameters = inspect.signature(function).parameters.values()
+    parameters = inspect.signature(function, eval_str=True).parameters.values()
     return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in reserved}
 
 
@@ -241,7 +282,7 @@ def _store(
 
     metadata, documents = dict(artifact.metadata), {name: dict(doc) for name, doc in artifact.documents.items()}
     if history and container == "safetensors":
-        metadata |= header_strings(history)
+        metadata |= header_strings(history, metadata)
     elif history:
         documents.setdefault(artifact.sidecar, {})["history"] = history
     with staged(dst) as staging:
@@ -260,8 +301,10 @@ def _store(
     return total
 
 
-def _describe(operation: HistoryEntry, format: str, losses: list[Loss]) -> dict[str, Any]:
+def _describe(operation: HistoryEntry, format: str, drop: Collection[str], losses: list[Loss]) -> dict[str, Any]:
     details: dict[str, Any] = {"format": format, **operation.details}
+    if drop:
+        details["dropped"] = sorted(drop)
     if losses:
         details["exact"] = all(loss.exact for loss in losses)
         details["max_relative_error"] = max(loss.max_relative_error for loss in losses)

@@ -1,5 +1,7 @@
 """Module-path rules: what wrappers put around a name, and what remains of it."""
 
+from fnmatch import fnmatchcase
+
 WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Path parts that torch.compile, DDP, FSDP and activation checkpointing insert."""
 
@@ -42,3 +44,12 @@ def leaf(name: str) -> str:
 def join(*parts: str) -> str:
     """Path parts joined with dots, empty ones left out."""
     return ".".join(part for part in parts if part)
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a glob pattern fits a whole name, or its last parts.
+
+    >>> matches("q_proj", "model.layers.0.q_proj"), matches("model.layers.1.*", "model.layers.10.q_proj")
+    (True, False)
+    """
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")

@@ -67,13 +67,15 @@ def parse_dtype(name: str) -> torch.dtype:
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The tensor's bytes in C order, without a copy where it is contiguous."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().data
 
 
 def all_finite(tensor: Tensor) -> bool:
     """Whether no element is NaN or infinite, in one pass and without a temporary of the tensor's size."""
     if tensor.numel() == 0 or not tensor.is_floating_point():
         return True
+    if tensor.dtype.itemsize == 1:  # torch has no aminmax for float8
+        tensor = tensor.to(torch.float32)
     low, high = torch.aminmax(tensor)
     return bool(torch.isfinite(low) & torch.isfinite(high))
 

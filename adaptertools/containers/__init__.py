@@ -13,6 +13,8 @@ from adaptertools.containers.tensorfile import TensorFile, read_head
 from adaptertools.errors import OptionError, SourceNotFoundError, UnknownFormatError
 from adaptertools.tensors import NamedTensors
 
+__all__ = ["CONTAINERS", "Container", "get", "identify", "msgpack", "npz", "orbax", "read", "safetensors", "torchfile"]
+
 
 class Container(Protocol):
     """What a container module offers."""

@@ -1,4 +1,7 @@
-"""Results appear whole or not at all: staged beside the destination, flushed to disk, then renamed into place."""
+"""Results appear whole or not at all: staged beside the destination, flushed to disk, then renamed into place.
+
+A destination that is a link to a folder is followed; a link to a file is replaced by the file, as `mv` does.
+"""
 
 import ctypes
 import errno
@@ -6,17 +9,18 @@ import fcntl
 import fnmatch
 import glob
 import os
+import secrets
 import shutil
 import sys
-import tempfile
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from adaptertools.errors import DestinationError
+from adaptertools.errors import AdapterToolsError, DestinationError
 
 _STAGING_MARK = ".adaptertools-"
+_ASIDE = "-old"
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
@@ -28,12 +32,21 @@ def allocated(path: Path, size: int) -> Iterator[BinaryIO]:
     Raises: DestinationError
     """
     with explained(path), path.open("wb") as file:
-        if size and hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, size)
+        _reserve(file, size)
         yield file
         file.truncate(file.tell())
         file.flush()
         os.fsync(file.fileno())
+
+
+def _reserve(file: BinaryIO, size: int) -> None:
+    if not size or not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):  # file systems that cannot reserve
+            raise
 
 
 @contextmanager
@@ -44,7 +57,7 @@ def explained(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except DestinationError:
+    except AdapterToolsError:
         raise
     except OSError as error:
         advice = {
@@ -66,38 +79,66 @@ def staged(dst: Path) -> Iterator[Path]:
     Raises: DestinationError
     """
     with explained(dst):
+        dst = _followed(dst)
+        missing = [parent for parent in dst.parents if not parent.exists()]
         dst.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(dst)
-        folder = Path(tempfile.mkdtemp(prefix=f".{dst.name}{_STAGING_MARK}", dir=dst.parent))
-        lock = os.open(folder, os.O_RDONLY)
+        folder, lock = _locked_folder(dst)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         os.close(lock)
+        for parent in missing:
+            with suppress(OSError):
+                parent.rmdir()  # where nothing was published, nothing is left
+
+
+def _followed(dst: Path) -> Path:
+    return dst.resolve() if dst.is_dir() else dst
+
+
+def _locked_folder(dst: Path) -> tuple[Path, int]:
+    """A new folder that this process holds a lock on, so that no other takes it for abandoned."""
+    while True:
+        folder = dst.with_name(f".{dst.name}{_STAGING_MARK}{secrets.token_hex(4)}")
+        with suppress(FileExistsError):
+            folder.mkdir()
+            lock = os.open(folder, os.O_RDONLY)
+            with suppress(OSError):  # network file systems may know no locks; then nobody removes what is abandoned
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if folder.exists():
+                return folder, lock
+            os.close(lock)
 
 
 def publish_folder(staging: Path, dst: Path, replaced: Collection[str] = ()) -> None:
     """Make the staged folder the folder `dst`, in one step.
 
-    Where `dst` exists, its files that match none of the `replaced` patterns stay in it.
+    Where `dst` exists, its files that match none of the `replaced` patterns stay in it, and its permissions stay.
 
     Raises: DestinationError
     """
     with explained(dst):
-        os.chmod(staging, 0o777 & ~_umask())
-        if dst.is_dir():
+        dst = _followed(dst)
+        if not dst.is_dir():
+            sync_folder(staging)
+            staging.rename(dst)
+        else:
+            shutil.copymode(dst, staging)
             _keep_others(dst, staging, replaced)
-        _sync(staging)
-        if not dst.exists():
-            os.rename(staging, dst)
-        elif not _exchange(staging, dst):  # a kill between these renames leaves both folders whole, the old one hidden
-            aside = staging.with_name(staging.name + "-old")
-            os.rename(dst, aside)
-            os.rename(staging, dst)
-            shutil.rmtree(aside, ignore_errors=True)
-        _sync(dst.parent)
+            sync_folder(staging)
+            if not _exchange(staging, dst):
+                _replace_folder(staging, dst)
+        sync_folder(dst.parent)
+
+
+def _replace_folder(staging: Path, dst: Path) -> None:
+    """Where folders cannot be swapped. A kill between the two steps leaves both whole, and the next write restores."""
+    aside = staging.with_name(staging.name + _ASIDE)
+    dst.rename(aside)
+    staging.rename(dst)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def publish_files(staging: Path, dst: Path, names: Sequence[str]) -> None:
@@ -107,8 +148,8 @@ def publish_files(staging: Path, dst: Path, names: Sequence[str]) -> None:
     """
     with explained(dst):
         for name in names:
-            os.replace(staging / name, dst.parent / name)
-        _sync(dst.parent)
+            (staging / name).replace(dst.parent / name)
+        sync_folder(dst.parent)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -140,17 +181,21 @@ def _link_or_copy(source: str, target: str) -> None:
 
 def _remove_abandoned(dst: Path) -> None:
     """Remove the staging folders of processes that were killed: nobody holds their lock any more."""
-    for folder in dst.parent.glob(f".{glob.escape(dst.name)}{_STAGING_MARK}*"):
-        if folder.name.endswith("-old") or not folder.is_dir():
-            continue
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(folder, ignore_errors=True)
-        except OSError:
-            pass  # another process is writing there now
-        finally:
-            os.close(handle)
+    for folder in sorted(dst.parent.glob(f".{glob.escape(dst.name)}{_STAGING_MARK}*")):
+        if folder.name.endswith(_ASIDE) and not dst.exists():
+            folder.rename(dst)
+        elif folder.is_dir() and not folder.is_symlink():
+            with suppress(OSError):  # another process is writing there now, or has just removed it
+                _remove_unlocked(folder)
+
+
+def _remove_unlocked(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(handle)
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -163,15 +208,10 @@ def _exchange(one: Path, other: Path) -> bool:
     return bool(renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0)
 
 
-def _sync(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's own entries to disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

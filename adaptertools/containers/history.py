@@ -11,9 +11,10 @@ from adaptertools.errors import DamagedFileError
 HEADER_KEY = "adaptertools"
 
 
-def header_strings(history: list[dict[str, Any]]) -> dict[str, str]:
-    """The history as header metadata of a safetensors file."""
-    return {HEADER_KEY: json.dumps({"history": history}, sort_keys=True)}
+def header_strings(history: list[dict[str, Any]], metadata: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The history as header metadata of a safetensors file, beside what a format says in the same entry."""
+    said = parse_object(HEADER_KEY, (metadata or {}).get(HEADER_KEY, "{}"))
+    return {HEADER_KEY: json.dumps({**said, "history": history}, sort_keys=True)}
 
 
 def read_history(metadata: Mapping[str, str], document: Mapping[str, Any] | None = None) -> tuple[HistoryEntry, ...]:

@@ -1,24 +1,32 @@
 """safetensors: an 8-byte length, a JSON header, and the tensors' bytes, which are mapped and not read.
 
 Stricter than the safetensors library 0.8: duplicate keys, control characters in names, oversized headers and empty
-tensors of absurd shape are refused. As lenient as it must be: MLX writes a null `__metadata__`, headers out of offset order
-and data that is not aligned.
+tensors of absurd shape are refused. As lenient as it must be: MLX writes a null `__metadata__`, headers out of offset
+order and data that is not aligned.
 """
 
 import json
 import math
-import mmap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from adaptertools.containers.atomic import allocated
 from adaptertools.containers.jsonfile import parse_object
-from adaptertools.containers.tensorfile import MAX_HEADER_BYTES, TensorFile, check_count, check_name, file_size
-from adaptertools.errors import DamagedFileError, EmptyFileError, UnsafeFileError
+from adaptertools.containers.tensorfile import (
+    MAX_DIMENSION,
+    MAX_HEADER_BYTES,
+    MAX_RANK,
+    TensorFile,
+    check_count,
+    check_name,
+    file_size,
+    map_file,
+    view,
+)
+from adaptertools.errors import DamagedFileError, EmptyFileError, UnsafeFileError, UnsupportedFeatureError
 from adaptertools.tensors import NamedTensors, materialize, tensor_bytes
 
 NAME = "safetensors"
@@ -65,9 +73,8 @@ def read(path: Path) -> TensorFile:
         raise EmptyFileError(f"{label}: the file holds no tensor")
     spans = {check_name(label, name): _span(label, name, entry) for name, entry in header.items()}
     _check_coverage(label, spans, size - start)
-    with path.open("rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    tensors = {name: _view(mapped, start, span) for name, span in spans.items()}
+    mapped = map_file(path)
+    tensors = {name: view(mapped, span.dtype, span.shape, start + span.begin) for name, span in spans.items()}
     strings = {str(key): str(value) for key, value in metadata.items()}
     return TensorFile(tensors=tensors, metadata=strings, container=NAME, label=label, nbytes=size)
 
@@ -82,7 +89,8 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
             raise DamagedFileError(
-                f"{path}: the header claims {length} bytes, the file has {size}. It was cut off: download or save it again"
+                f"{path}: the header claims {length} bytes, the file has {size}. "
+                "It was cut off: download or save it again"
             )
         if length > MAX_HEADER_BYTES:
             raise UnsafeFileError(f"{path}: a header of {length} bytes; at most {MAX_HEADER_BYTES} are accepted")
@@ -109,7 +117,7 @@ def _span(label: str, name: str, entry: object) -> _Span:
     for numbers in (shape, offsets):
         if not isinstance(numbers, list) or any(type(n) is not int or n < 0 for n in numbers):
             raise DamagedFileError(f"{where}: {numbers!r:.80} are not whole numbers")
-    if len(offsets) != 2 or any(n >= 1 << 48 for n in shape):
+    if len(offsets) != 2 or any(n >= MAX_DIMENSION for n in shape) or len(shape) > MAX_RANK:
         raise DamagedFileError(f"{where}: shape {shape!r:.80} and offsets {offsets!r:.80} are impossible")
     dtype: torch.dtype = _DTYPES[entry["dtype"]]
     nbytes = math.prod(shape) * dtype.itemsize
@@ -134,17 +142,6 @@ def _check_coverage(label: str, spans: Mapping[str, _Span], size: int) -> None:
         raise DamagedFileError(f"{label}: the file {what}: {end} bytes of data expected, {size} found")
 
 
-def _view(mapped: mmap.mmap, start: int, span: _Span) -> Tensor:
-    count = math.prod(span.shape)
-    if count == 0:
-        return torch.empty(span.shape, dtype=span.dtype)
-    offset = start + span.begin
-    if offset % span.dtype.itemsize == 0:
-        return torch.frombuffer(mapped, dtype=span.dtype, count=count, offset=offset).reshape(span.shape)
-    raw = torch.frombuffer(mapped, dtype=torch.uint8, count=span.end - span.begin, offset=offset)
-    return raw.clone().view(span.dtype).reshape(span.shape)
-
-
 def write(
     path: Path, tensors: NamedTensors, metadata: Mapping[str, str], advance: Callable[[int], None] = lambda _: None
 ) -> None:
@@ -157,7 +154,7 @@ def write(
     """
     for name, tensor in tensors.items():
         if tensor.dtype not in _DTYPE_NAMES:
-            raise UnsafeFileError(f"{path}: safetensors cannot store {name} in {tensor.dtype}")
+            raise UnsupportedFeatureError(f"{path}: safetensors cannot store {name} in {tensor.dtype}")
     order = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0

@@ -1,16 +1,34 @@
 """What every container gives: named tensors, and the strings that its header holds beside them."""
 
-import os
-from collections.abc import Mapping
+import math
+import mmap
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from adaptertools.errors import DamagedFileError, EmptyFileError, LfsPointerError, UnsafeFileError
+from adaptertools.errors import (
+    AdapterToolsError,
+    DamagedFileError,
+    EmptyFileError,
+    LfsPointerError,
+    UnsafeFileError,
+    UnsupportedFeatureError,
+)
+from adaptertools.tensors import NamedTensors
 
 MAX_HEADER_BYTES = 25_000_000
 MAX_TENSORS = 1_000_000
+MAX_DEPTH = 64
+MAX_DIMENSION = 1 << 48
+MAX_RANK = 32
+
+_MAX_GROWTH = 100
+_ALWAYS_ALLOWED = 64 << 20
 
 _LFS_PREFIX = b"version https://git-lfs.github.com/spec/"
 
@@ -65,4 +83,101 @@ def check_count(label: str, count: int) -> None:
 
 
 def file_size(path: Path) -> int:
-    return os.stat(path).st_size
+    return path.stat().st_size
+
+
+def map_file(path: Path) -> mmap.mmap:
+    """The file's bytes, read from disk where they are touched; changes to them stay in memory."""
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+
+
+def view(mapped: mmap.mmap | bytearray, dtype: torch.dtype, shape: tuple[int, ...], offset: int) -> Tensor:
+    """The tensor that lies at `offset`, without a copy.
+
+    It need not be aligned: the processors that torch runs on load unaligned numbers, and its kernels expect them.
+    """
+    count = math.prod(shape)
+    if count == 0:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(mapped, dtype=dtype, count=count, offset=offset).reshape(shape)
+
+
+def check_growth(label: str, expanded: int, size: int) -> None:
+    """Raises: UnsafeFileError if compressed content claims to be far larger than its file."""
+    limit = max(_ALWAYS_ALLOWED, _MAX_GROWTH * size)
+    if expanded > limit:
+        raise UnsafeFileError(
+            f"{label}: {size} bytes claim to expand to {expanded}. At most {_MAX_GROWTH} times the size "
+            f"(or {_ALWAYS_ALLOWED >> 20} MiB) is accepted; save it again without compression"
+        )
+
+
+@contextmanager
+def parsing(path: Path) -> Iterator[None]:
+    """Around a library that parses the file: whatever it raises means that the bytes are damaged.
+
+    Raises: DamagedFileError
+    """
+    try:
+        yield
+    except AdapterToolsError:
+        raise
+    except Exception as error:
+        raise DamagedFileError(
+            f"{path}: {_first_line(error)}. It was cut off or damaged: download or save it again"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__
+
+
+def flatten(label: str, tree: Mapping[object, object]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a nested structure, and everything else as strings, under keys joined with `/`.
+
+    Raises: DamagedFileError if two values get the same name; UnsafeFileError for endless nesting
+    """
+    tensors: dict[str, Tensor] = {}
+    strings: dict[str, str] = {}
+    pending: list[tuple[str, int, object]] = [("", 0, tree)]
+    visited = 0
+    while pending:
+        name, depth, value = pending.pop()
+        visited += 1
+        check_count(label, visited)
+        if isinstance(value, Mapping | list | tuple):
+            if depth == MAX_DEPTH:
+                raise UnsafeFileError(f"{label}: {name:.80} … is nested deeper than {MAX_DEPTH} levels")
+            items = value.items() if isinstance(value, Mapping) else enumerate(value)
+            children = [(f"{name}/{key}" if depth else str(key), depth + 1, child) for key, child in items]
+            pending += reversed(children)
+            continue
+        check_name(label, name)
+        if name in tensors or name in strings:
+            raise DamagedFileError(f"{label}: two values are named {name}; which one is meant?")
+        if isinstance(value, Tensor):
+            tensors[name] = value
+        else:
+            strings[name] = value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+    return tensors, strings
+
+
+def nested(label: str, tensors: NamedTensors) -> dict[str, Any]:
+    """The tensors as a tree of dicts, their names split at `/`.
+
+    Raises: UnsupportedFeatureError if a name is another's folder, or has an empty part
+    """
+    tree: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        *folders, leaf = name.split("/")
+        place = tree
+        for folder in folders:
+            place = place.setdefault(folder, {})
+            if not isinstance(place, dict):
+                break
+        if not isinstance(place, dict) or leaf in place or not all((leaf, *folders)):
+            raise UnsupportedFeatureError(f"{label}: {name!r} has no place in a tree beside the other names")
+        place[leaf] = tensor
+    return tree

@@ -1,0 +1,121 @@
+"""What commands say about an adapter that they wrote."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from adaptertools.api import WriteReport
+
+_WIDTH = 12
+
+
+def field(label: str, value: object) -> str:
+    """One line of a report: the label in a column of its own."""
+    return f"  {label:<{_WIDTH}} {value}"
+
+
+def few(items: Sequence[str], most: int = 4) -> str:
+    """The first items, and how many more there are."""
+    shown = ", ".join(items[:most])
+    return shown if len(items) <= most else f"{shown} and {len(items) - most} more"
+
+
+def count(number: int, noun: str) -> str:
+    """`1 module`, `24 modules`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def size(nbytes: int) -> str:
+    """Bytes in the unit that fits: `512 B`, `13.6 MB`."""
+    value, units = float(nbytes), iter(("B", "kB", "MB", "GB"))
+    unit = next(units)
+    while value >= 1000 and unit != "GB":
+        value, unit = value / 1000, next(units)
+    return f"{nbytes} B" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def number(value: float) -> str:
+    """A number in six digits at most: `16`, `0.5`, `11.3137`."""
+    return f"{value:.6g}"
+
+
+def error(value: float) -> str:
+    """A relative error, of which the magnitude matters: `3.0e-08`."""
+    return f"{value:.1e}"
+
+
+def span(values: Iterable[float]) -> str:
+    """The one value, or the smallest and the largest: `16`, `8 to 32`."""
+    found = sorted(set(values))
+    return " to ".join(map(number, dict.fromkeys((found[0], found[-1])))) if found else "none"
+
+
+def change(label: str, before: Iterable[float], after: Iterable[float]) -> str:
+    """One line that says what values became: `scaling  2 -> 4`."""
+    return field(label, f"{span(before)} -> {span(after)}")
+
+
+def table(rows: Iterable[Sequence[object]]) -> str:
+    """Rows in columns as wide as their widest cell."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in cells)
+
+
+def writing_lines(report: "WriteReport") -> list[str]:
+    """What was written, what it lost, and what to know about it."""
+    lines = [
+        field("modules", f"{report.modules:,}"),
+        field("stored", f"{size(report.nbytes)} in {report.container}, {values_line(report)}"),
+    ]
+    if report.left_out:
+        lines.append(field("left out", f"{len(report.left_out)}: {few(report.left_out)}"))
+    by_kind: dict[str, list[str]] = {}
+    for item in report.dropped:
+        kind, _, name = item.partition(": ")
+        by_kind.setdefault(kind, []).append(name)
+    lines += [field("dropped", f"{kind} of {len(names)}: {few(names)}") for kind, names in by_kind.items()]
+    return lines + [field("note", note) for note in report.notes]
+
+
+def values_line(report: "WriteReport") -> str:
+    """Whether the values in the file are those that were read, and how far off if not."""
+    if not report.losses:
+        return "bit for bit"
+    folded = [loss for loss in report.losses if loss.factor != 1.0]
+    cast = Counter(loss.dtype for loss in report.losses if loss.factor == 1.0)
+    done = [f"scaling folded into {count(len(folded), 'tensor')}"] if folded else []
+    done += [f"{count(number, 'tensor')} cast to {dtype}" for dtype, number in cast.items()]
+    if report.exact:
+        return f"{', '.join(done)}; exact, checked bit by bit"
+    inexact = sum(not loss.exact for loss in report.losses)
+    return f"{', '.join(done)}; {inexact} inexact, largest relative error {error(report.max_relative_error)}"
+
+
+def writing_document(report: "WriteReport") -> dict[str, Any]:
+    """The same for `--json`."""
+    return {
+        "destination": {
+            "path": str(report.path),
+            "format": report.format,
+            "container": report.container,
+            "nbytes": report.nbytes,
+        },
+        "modules": report.modules,
+        "exact": report.exact,
+        "max_relative_error": report.max_relative_error,
+        "losses": [
+            {
+                "tensor": loss.tensor,
+                "factor": loss.factor,
+                "dtype": loss.dtype,
+                "exact": loss.exact,
+                "max_relative_error": loss.max_relative_error,
+            }
+            for loss in report.losses
+        ],
+        "left_out": list(report.left_out),
+        "dropped": list(report.dropped),
+        "notes": list(report.notes),
+    }

@@ -1,0 +1,185 @@
+"""Options that commands share, gathered into one object each, so that a command takes them in one line."""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from adaptertools.adapter import Adapter
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+_JSON = "adaptertools.json"
+
+
+def names_in(folder: Path) -> list[str]:
+    """The names that the files of a folder of modules stand for, without importing one. A leading underscore hides."""
+    stems = (path.stem for path in folder.glob("*.py"))
+    return sorted(stem.replace("_", "-") for stem in stems if not stem.startswith("_"))
+
+
+FORMAT = click.Choice(names_in(Path(__file__).parents[1] / "formats"))
+"""A format by name; importing the formats themselves would load torch."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """How to read an adapter, as the reading options say."""
+
+    source_format: str | None
+    source_alpha: float | None
+    slots: str | None
+    base: str | None
+    allow_nonfinite: bool
+    in_options: Sequence[str]
+
+    def arguments(self, src: str) -> dict[str, Any]:
+        """The keyword arguments of `adaptertools.read` for this source.
+
+        Raises: OptionError, SourceNotFoundError, UnknownFormatError, AmbiguousFormatError
+        """
+        from adaptertools import api
+        from adaptertools.cli._values import parse_assignments
+
+        name = self.source_format or api.detect(src)
+        own = parse_assignments("--in", name, self.in_options, api.read_options(name))
+        return {"format": name, "alpha": self.source_alpha, "slots": self.slots, "base": self.base, **own}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Writing:
+    """How to write an adapter, as the writing options say."""
+
+    container: str | None
+    dtype: str | None
+    drop: Sequence[str]
+    overwrite: bool
+    out_options: Sequence[str]
+
+    def arguments(self, format: str) -> dict[str, Any]:
+        """The keyword arguments of `adaptertools.write` for this format, without the format itself.
+
+        Raises: OptionError
+        """
+        from adaptertools import api
+        from adaptertools.cli._values import parse_assignments
+
+        own = parse_assignments("--out", format, self.out_options, api.write_options(format))
+        return {"container": self.container, "dtype": self.dtype, "drop": self.drop, "overwrite": self.overwrite, **own}
+
+    def arguments_like(self, adapter: "Adapter") -> dict[str, Any]:
+        """The keyword arguments of `adaptertools.write` that write what was read: its format, container and layout.
+
+        Raises: OptionError
+        """
+        from adaptertools import formats
+
+        origin = adapter.origin
+        assert origin is not None
+        given = self.arguments(origin.format)
+        if self.container is None and origin.container in formats.get(origin.format).CONTAINERS:
+            given["container"] = origin.container
+        return {**origin.options, **given, "format": origin.format}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Output:
+    """What goes to stdout: `--json` and `-q`."""
+
+    as_json: bool
+    quiet: bool
+
+    def show(self, text: Callable[[], str], document: Callable[[], dict[str, Any]]) -> None:
+        """Print a result: as one JSON object, as text, or not at all."""
+        if self.as_json:
+            from adaptertools.cli._values import to_json
+
+            click.echo(to_json(document()))
+        elif not self.quiet:
+            click.echo(text())
+
+
+def reading_options(*alpha: str) -> Decorator:
+    """The options of every command that reads an adapter, as its argument `reading`; `alpha` names that one anew."""
+    return _gathered(
+        "reading",
+        Reading,
+        click.option("--from", "source_format", type=FORMAT, help="Format of SRC. [default: told by its content]"),
+        click.option(
+            "--source-alpha", *alpha, "source_alpha", type=float, metavar="A", help="Alpha, where SRC cannot state it."
+        ),
+        click.option("--slots", metavar="SLOTS", help="Adapted slots of fused projections, where SRC has none."),
+        click.option("--base", metavar="BASE", help="Base model, whose headers settle names and shapes."),
+        click.option("--allow-nonfinite", is_flag=True, help="Carry NaN and infinity along."),
+        click.option(
+            "--in", "in_options", multiple=True, metavar="NAME=VALUE", help="Option of SRC's format; repeatable."
+        ),
+    )
+
+
+def writing_options() -> Decorator:
+    """The options of every command that writes an adapter, as its argument `writing`."""
+    return _gathered(
+        "writing",
+        Writing,
+        click.option("--container", metavar="C", help="Kind of file to write, such as safetensors."),
+        click.option("--dtype", type=click.Choice(["f32", "f16", "bf16"]), help="Cast every tensor. [default: keep]"),
+        click.option(
+            "--drop", multiple=True, metavar="KIND", help="Give up what DST cannot carry, as dora; repeatable."
+        ),
+        click.option("--overwrite", is_flag=True, help="Replace DST if it is an adapter."),
+        click.option(
+            "--out", "out_options", multiple=True, metavar="NAME=VALUE", help="Option of DST's format; repeatable."
+        ),
+    )
+
+
+def selection_options() -> Decorator:
+    """`--only`, `--exclude` and `--rename`, as the arguments `only`, `exclude` and `rename`."""
+    return _all(
+        click.option("--only", multiple=True, metavar="GLOB", help="Keep these target modules alone; repeatable."),
+        click.option("--exclude", multiple=True, metavar="GLOB", help="Leave out these target modules; repeatable."),
+        click.option("--rename", multiple=True, metavar="REGEX=NEW", help="Rename target modules; repeatable."),
+    )
+
+
+def output_options() -> Decorator:
+    """`--json` and `-q`, as the argument `output`."""
+    return _gathered(
+        "output",
+        Output,
+        click.option("--json", "as_json", is_flag=True, callback=_remember_json, help="Print one JSON object."),
+        click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors and what --json asks for."),
+    )
+
+
+def wants_json(ctx: click.Context) -> bool:
+    """Whether the command that ran was given `--json`."""
+    return bool(ctx.meta.get(_JSON))
+
+
+def _remember_json(ctx: click.Context, _: click.Parameter, value: bool) -> bool:
+    ctx.meta[_JSON] = value
+    return value
+
+
+def _gathered(name: str, kind: type[Any], *options: Decorator) -> Decorator:
+    """Options that a command takes as one argument `name`, an object with a field for each."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def command(*args: Any, **given: Any) -> Any:
+            values = {field.name: given.pop(field.name) for field in fields(kind)}
+            return function(*args, **{name: kind(**values)}, **given)
+
+        return _all(*options)(command)
+
+    return decorate
+
+
+def _all(*options: Decorator) -> Decorator:
+    return lambda function: functools.reduce(lambda made, option: option(made), reversed(options), function)

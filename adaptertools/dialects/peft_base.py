@@ -1,0 +1,64 @@
+"""What a base model's headers settle for PEFT adapters: shapes, orientation, and how its experts are stored."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+CONV1D_TYPES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
+"""Models of transformers whose projections are `Conv1D`, with weights stored (in, out)."""
+
+_CONV1D_NAMES = ("c_attn", "c_proj", "c_fc", "q_attn")
+
+TRANSPOSED_EXPERT_TYPES = ("gpt_oss", "aria", "openai_privacy_filter")
+"""Models of transformers whose stacks of experts are marked `is_transposed`: (E, in, out)."""
+
+
+class Checkpoint(Protocol):
+    """The headers of a base model: the shape of every tensor, and its configuration."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+
+    @property
+    def config(self) -> Mapping[str, Any]: ...
+
+
+class BaseModel:
+    """A base model's headers, or nothing where none were given: then every question is answered with None."""
+
+    def __init__(self, checkpoint: Checkpoint | None) -> None:
+        self._shapes = checkpoint.shapes if checkpoint is not None else {}
+        config = checkpoint.config if checkpoint is not None else {}
+        text = config.get("text_config")
+        kinds = [part.get("model_type") for part in (config, text) if isinstance(part, Mapping)]
+        self.model_types = frozenset(str(kind) for kind in kinds if kind)
+        self.known = checkpoint is not None
+        self._by_leaf: dict[str, list[str]] = {}
+        for name in self._shapes:
+            self._by_leaf.setdefault(".".join(name.split(".")[-2:]), []).append(name)
+
+    def shape(self, parameter: str) -> tuple[int, ...] | None:
+        """The shape of a parameter, its `.weight` left out; under another prefix too where only one fits."""
+        for name in (f"{parameter}.weight", parameter):
+            if name in self._shapes:
+                return tuple(self._shapes[name])
+            alike = self._by_leaf.get(".".join(name.split(".")[-2:]), ())
+            found = [other for other in alike if other.endswith(f".{name}") or name.endswith(f".{other}")]
+            if len(found) == 1:
+                return tuple(self._shapes[found[0]])
+        return None
+
+    def linear_is_transposed(self, parameter: str, out_features: int, in_features: int) -> bool | None:
+        """Whether a linear weight is stored (in, out); None where nothing tells."""
+        shape = self.shape(parameter)
+        if shape is None or len(shape) != 2:
+            return None
+        if out_features != in_features:
+            return {(out_features, in_features): False, (in_features, out_features): True}.get((shape[0], shape[1]))
+        if not self.model_types or shape != (out_features, in_features):
+            return None
+        return bool(self.model_types.intersection(CONV1D_TYPES)) and parameter.split(".")[-1] in _CONV1D_NAMES
+
+    @property
+    def experts_are_transposed(self) -> bool | None:
+        """Whether its stacks of experts are marked `is_transposed`; None where the model's type is not known."""
+        return bool(self.model_types.intersection(TRANSPOSED_EXPERT_TYPES)) if self.model_types else None

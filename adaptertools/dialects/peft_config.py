@@ -1,0 +1,303 @@
+"""adapter_config.json of PEFT: what it says about scale and layout, checked; the rest is carried along.
+
+Read in huggingface/peft 0.21.2 (`tuners/lora/config.py`, `utils/other.py`).
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from adaptertools.adapter import Base
+from adaptertools.errors import ConfigError, MissingAlphaError, NotLoraError, OptionError, UnsupportedFeatureError
+from adaptertools.module import ScaleRule
+
+FILE = "adapter_config.json"
+
+DEFAULTS: Mapping[str, Any] = {
+    "alora_invocation_tokens": None,
+    "alpha_pattern": {},
+    "arrow_config": None,
+    "auto_mapping": None,
+    "base_model_name_or_path": None,
+    "bias": "none",
+    "corda_config": None,
+    "ensure_weight_tying": False,
+    "eva_config": None,
+    "exclude_modules": None,
+    "fan_in_fan_out": False,
+    "inference_mode": True,
+    "init_lora_weights": True,
+    "kasa_config": None,
+    "layer_replication": None,
+    "layers_pattern": None,
+    "layers_to_transform": None,
+    "loftq_config": {},
+    "lora_alpha": 8,
+    "lora_bias": False,
+    "lora_dropout": 0.0,
+    "lora_ga_config": None,
+    "megatron_config": None,
+    "megatron_core": "megatron.core",
+    "modules_to_save": None,
+    "monteclora_config": None,
+    "peft_type": "LORA",
+    "peft_version": None,
+    "qalora_group_size": 16,
+    "r": 8,
+    "rank_pattern": {},
+    "revision": None,
+    "target_modules": None,
+    "target_parameters": None,
+    "task_type": None,
+    "trainable_token_indices": None,
+    "use_bdlora": None,
+    "use_dora": False,
+    "use_qalora": False,
+    "use_rslora": False,
+    "velora_config": None,
+}
+"""Every field that PEFT 0.21.2 saves, with its value for a plain adapter."""
+
+_FORMER = {"enable_lora", "merge_weights", "runtime_config"}
+"""Fields that earlier versions saved."""
+
+CARRIED = (
+    "auto_mapping",
+    "bias",
+    "corda_config",
+    "ensure_weight_tying",
+    "fan_in_fan_out",
+    "init_lora_weights",
+    "layer_replication",
+    "loftq_config",
+    "lora_dropout",
+    "lora_ga_config",
+    "megatron_config",
+    "megatron_core",
+    "modules_to_save",
+    "peft_version",
+    "target_modules",
+    "target_parameters",
+    "task_type",
+    "trainable_token_indices",
+)
+"""Fields that say more than the adapter model holds; they go along in its metadata."""
+
+_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+"""What PEFT adds to modules_to_save by itself."""
+
+_CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
+_KEEPS_BASE = ("gaussian", "eva", "orthogonal", "mica", "true", "false")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeftConfig:
+    """The checked values of one configuration; `stated` is False where there was no file."""
+
+    raw: Mapping[str, Any]
+    label: str
+    stated: bool
+    alpha: float | None
+    rank_pattern: Mapping[str, Any]
+    alpha_pattern: Mapping[str, Any]
+    scale_rule: ScaleRule
+    base: Base
+    notes: list[str] = field(default_factory=list)
+
+    def flag(self, key: str) -> bool:
+        """A yes-or-no field.
+
+        Raises: ConfigError if it is neither
+        """
+        value = self.raw.get(key)
+        if value is not None and not isinstance(value, bool):
+            raise ConfigError(f"{self.label}: {key} is {value!r}, expected true or false")
+        return bool(value)
+
+    def names(self, key: str) -> tuple[str, ...]:
+        """A list of names, empty where it is null.
+
+        Raises: ConfigError
+        """
+        value = self.raw.get(key)
+        if value is None:
+            return ()
+        if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+            raise ConfigError(f"{self.label}: {key} is {value!r:.80}, expected a list of names")
+        return tuple(value)
+
+    @property
+    def saved_modules(self) -> tuple[str, ...]:
+        """The modules that are stored in full, those that PEFT adds for the task included."""
+        return tuple(dict.fromkeys((*self.names("modules_to_save"), *_HEADS.get(str(self.raw.get("task_type")), ()))))
+
+    @property
+    def invocation_tokens(self) -> tuple[int, ...] | None:
+        """aLoRA: the tokens after which the adapter acts."""
+        value = self.raw.get("alora_invocation_tokens")
+        if value is None:
+            return None
+        if not isinstance(value, list) or not all(isinstance(token, int) for token in value):
+            raise ConfigError(f"{self.label}: alora_invocation_tokens is {value!r:.80}, expected a list of token ids")
+        return tuple(value)
+
+    def targets(self, path: str) -> bool:
+        """Whether target_modules names the module; PEFT's rule for lists and for regular expressions."""
+        wanted = self.raw.get("target_modules")
+        if isinstance(wanted, str):
+            return _search(rf"(?:{wanted})\Z", path, self.label, "target_modules") is not None
+        return any(path == name or path.endswith(f".{name}") for name in wanted or ())
+
+    def rank_of(self, path: str) -> int | None:
+        """The rank that the configuration claims for a module; the tensors have the last word.
+
+        Raises: ConfigError
+        """
+        rank = _lookup(self.rank_pattern, path, self.label, "rank_pattern", self.raw.get("r"))
+        if rank is not None and (type(rank) is not int or rank < 1):
+            raise ConfigError(f"{self.label}: the rank of {path} is {rank!r}, expected a whole number from 1 on")
+        return rank
+
+    def alpha_of(self, path: str) -> float:
+        """The alpha of a module.
+
+        Raises: MissingAlphaError, ConfigError
+        """
+        alpha = _lookup(self.alpha_pattern, path, self.label, "alpha_pattern", self.alpha)
+        if alpha is None:
+            raise MissingAlphaError(
+                f"{self.label}: no lora_alpha, and the tensors cannot tell it. Give it with --source-alpha; "
+                "customary are 16 for rank 8, else the rank or twice the rank"
+            )
+        return _number(alpha, f"{self.label}: alpha_pattern for {path}")
+
+
+def parse(document: Mapping[str, Any] | None, label: str, alpha: float | None) -> PeftConfig:
+    """Check a configuration. `alpha` stands in where it has none; without a file, alpha/r is assumed.
+
+    Raises: ConfigError, NotLoraError, UnsupportedFeatureError, OptionError
+    """
+    raw = dict(document or {})
+    notes = [] if document is not None else [f"{label}: not there; the scaling is taken as alpha / r"]
+    if document is not None:
+        _check_type(raw, label)
+        _check_variants(raw, label)
+        unknown = sorted(raw.keys() - DEFAULTS.keys() - _FORMER)
+        if unknown:
+            notes.append(f"{label}: unknown keys {', '.join(unknown)}; they are not used")
+    config = PeftConfig(
+        raw=raw,
+        label=label,
+        stated=document is not None,
+        alpha=_settle_alpha(raw, label, alpha, notes),
+        rank_pattern=_pattern(raw, label, "rank_pattern"),
+        alpha_pattern=_pattern(raw, label, "alpha_pattern"),
+        scale_rule=ScaleRule.ALPHA_OVER_SQRT_RANK if raw.get("use_rslora") else ScaleRule.ALPHA_OVER_RANK,
+        base=_base(raw, label, notes),
+        notes=notes,
+    )
+    for key in ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out", "use_qalora", "ensure_weight_tying"):
+        config.flag(key)
+    return config
+
+
+def _check_type(raw: Mapping[str, Any], label: str) -> None:
+    kind = raw.get("peft_type")
+    if kind is None:
+        raise ConfigError(
+            f"{label}: no peft_type, so it was not written by PEFT. MLX and AdapterHub use the same file name; "
+            "say which format it is with --from"
+        )
+    if kind != "LORA":
+        raise NotLoraError(f"{label}: the adapter is of type {kind!r:.40}, which is another method than LoRA")
+
+
+def _check_variants(raw: Mapping[str, Any], label: str) -> None:
+    for key, name in (("kasa_config", "KaSA truncates the base weights"), ("arrow_config", "Arrow routes by input")):
+        if raw.get(key):
+            raise UnsupportedFeatureError(f"{label}: {key} is set. {name}, so the adapter has no delta weight")
+    for key in raw.keys() - DEFAULTS.keys() - _FORMER:
+        if key.startswith("use_") and raw[key]:
+            raise UnsupportedFeatureError(
+                f"{label}: {key} is {raw[key]!r:.40}, a variant of LoRA that is not known here; "
+                "its tensors cannot be trusted to mean B·A"
+            )
+
+
+def _settle_alpha(raw: Mapping[str, Any], label: str, given: float | None, notes: list[str]) -> float | None:
+    """lora_alpha of the file; `given` only where the file has none that can be used."""
+    stated = raw.get("lora_alpha")
+    if given is None:
+        if stated is None:
+            return None
+        alpha = _number(stated, f"{label}: lora_alpha")
+        if alpha == 0:
+            notes.append(f"{label}: lora_alpha is 0, so the adapter changes nothing; some trainers write 0 for unknown")
+        return alpha
+    if _is_number(stated) and stated not in (0, given):
+        raise OptionError(
+            f"{label} states lora_alpha {stated}; {given:g} was given. A value may be given where there is none; "
+            "to change the alpha of an adapter, rescale it"
+        )
+    if stated is not None and stated != given:
+        notes.append(f"{label}: lora_alpha is {stated!r:.40}; {given:g} was given and is used")
+    return _number(given, "alpha")
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _number(value: Any, where: str) -> float:
+    if not _is_number(value):
+        raise ConfigError(
+            f"{where} is {value!r:.40}, expected a finite number; --source-alpha stands in for lora_alpha"
+        )
+    return float(value)
+
+
+def _pattern(raw: Mapping[str, Any], label: str, key: str) -> Mapping[str, Any]:
+    pattern = raw.get(key) or {}
+    if not isinstance(pattern, Mapping):
+        raise ConfigError(f"{label}: {key} is {pattern!r:.80}, expected an object of patterns and numbers")
+    return pattern
+
+
+def _lookup(patterns: Mapping[str, Any], path: str, label: str, key: str, default: Any) -> Any:
+    """The value of the first pattern, in the order of the file, that matches the end of the path."""
+    for pattern, value in patterns.items():
+        if _search(rf"(.*\.)?({pattern})$", path, label, key) is not None:
+            return value
+    return default
+
+
+def _search(expression: str, path: str, label: str, key: str) -> re.Match[str] | None:
+    try:
+        return re.match(expression, path)
+    except re.error as error:
+        raise ConfigError(f"{label}: {key} holds {expression!r:.80}, no regular expression: {error}") from None
+
+
+def _base(raw: Mapping[str, Any], label: str, notes: list[str]) -> Base:
+    """The base model, and what initialisation and layer replication did to it."""
+    changes = []
+    init = str(raw.get("init_lora_weights", True)).lower()
+    if init.startswith(_CHANGES_BASE):
+        changes.append(str(raw["init_lora_weights"]))
+    elif init not in (*_KEEPS_BASE, "none"):
+        changes.append(init)
+        notes.append(f"{label}: init_lora_weights is {init!r}, not known; it is taken to have changed the base weights")
+    if raw.get("layer_replication"):
+        changes.append("layer_replication")
+    name, revision = raw.get("base_model_name_or_path"), raw.get("revision")
+    return Base(
+        id=str(name) if name else None,
+        revision=str(revision) if revision else None,
+        change="+".join(changes) or None,
+    )

@@ -1,0 +1,170 @@
+"""Where a PEFT adapter lies: one file, shards with an index, or sub-folders with one adapter each."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adaptertools.containers.source import Source
+from adaptertools.dialects import peft_config
+from adaptertools.errors import AmbiguousFormatError, DamagedFileError, DuplicateTargetError, SourceNotFoundError
+
+STEM = "adapter_model"
+SIDECAR = "adaptertools.json"
+
+PATTERNS = (
+    peft_config.FILE,
+    SIDECAR,
+    f"{STEM}.safetensors",
+    f"{STEM}.bin",
+    f"{STEM}-*-of-*.safetensors",
+    f"{STEM}-*-of-*.bin",
+    f"{STEM}.safetensors.index.json",
+    f"{STEM}.bin.index.json",
+)
+"""The files of an adapter in its folder."""
+
+_SUFFIXES = ("safetensors", "bin")
+"""In the order in which PEFT prefers them."""
+
+_SHARD = re.compile(rf"{STEM}-(\d+)-of-(\d+)\.(safetensors|bin)")
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The tensors of one adapter and what stands beside them."""
+
+    source: Source
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str]
+    container: str
+    notes: tuple[str, ...]
+
+    @property
+    def config_label(self) -> str:
+        return peft_config.FILE if self.source.path is None else f"{self.source.root}/{peft_config.FILE}"
+
+
+def open_adapter(source: Source, adapter_name: str | None) -> tuple[Found, bool]:
+    """The adapter at a place, and whether `adapter_name` chose a sub-folder.
+
+    Raises: SourceNotFoundError, AmbiguousFormatError, DamagedFileError and what the containers raise
+    """
+    home, notes, chosen = _settle_folder(source, adapter_name)
+    variants = weight_files(home)
+    if not variants:
+        raise SourceNotFoundError(
+            f"{home.label}: no {STEM}.safetensors and no {STEM}.bin. The download is not whole, or the adapter was "
+            "saved without its weights"
+        )
+    if len(variants) > 1:
+        others = ", ".join(files[0] for files in variants[1:])
+        notes = (*notes, f"{variants[0][0]} is read; {others} stands beside it and is not, as in PEFT")
+    return Found(home, *_read_files(home, variants[0]), notes), chosen
+
+
+def weight_files(source: Source) -> list[tuple[str, ...]]:
+    """The files that hold the weights, once for each way in which they are stored, the preferred one first.
+
+    Raises: DamagedFileError if a shard is missing
+    """
+    if source.path is None or not source.is_folder:
+        (name,) = source.file_names
+        shard = _SHARD.fullmatch(name)
+        return [_shards(Source(source.path.parent), shard[3])] if shard and source.path else [(name,)]
+    found: list[tuple[str, ...]] = []
+    for suffix in _SUFFIXES:
+        if source.has(f"{STEM}.{suffix}"):
+            found.append((f"{STEM}.{suffix}",))
+        if shards := _shards(source, suffix):
+            found.append(shards)
+    return found
+
+
+def differences(source: Source) -> tuple[str, ...]:
+    """The tensors in which the variants of the weights differ, where a folder holds more than one.
+
+    Memory: both files
+    """
+    variants = [_read_files(source, files)[0] for files in weight_files(source)]
+    found: dict[str, None] = {}
+    for other in variants[1:]:
+        for name in (*variants[0], *other):
+            one, two = variants[0].get(name), other.get(name)
+            if one is None or two is None or one.dtype != two.dtype or not torch.equal(one, two):
+                found[name] = None
+    return tuple(found)
+
+
+def is_adapter_folder(source: Source) -> bool:
+    """Whether a folder holds the configuration of a PEFT adapter of whatever type."""
+    document = source.document(peft_config.FILE)
+    return document is not None and document.get("peft_type") is not None
+
+
+def adapter_folders(source: Source) -> list[str]:
+    """The sub-folders that hold an adapter each."""
+    return [name for name in source.folders if is_adapter_folder(source.sub(name))]
+
+
+def _settle_folder(source: Source, adapter_name: str | None) -> tuple[Source, tuple[str, ...], bool]:
+    """The folder to read from: the one given, or the one below it that is meant."""
+    if not source.is_folder:
+        return source, (), False
+    below = adapter_folders(source)
+    if adapter_name in below:
+        return source.sub(adapter_name), (), True
+    if source.document(peft_config.FILE) is not None or weight_files(source):
+        others = f"{source.label} also holds the adapters {', '.join(below)}; a name behind the path picks one"
+        return source, (others,) if below else (), False
+    if len(below) > 1:
+        example = f"{source.label}/{below[0]}"
+        raise AmbiguousFormatError(f"{source.label} holds the adapters {', '.join(below)}. Name one: {example}")
+    if below:
+        return source.sub(below[0]), (f"{source.label} holds one adapter, {below[0]}, which is read",), False
+    return source, (), False
+
+
+def _shards(source: Source, suffix: str) -> tuple[str, ...]:
+    """The shards of one kind, all of them.
+
+    Raises: DamagedFileError if one is missing
+    """
+    index = source.document(f"{STEM}.{suffix}.index.json")
+    matches = [match for name in source.file_names if (match := _SHARD.fullmatch(name)) and match[3] == suffix]
+    present = {match[0] for match in matches}
+    if index is not None:
+        weight_map = index.get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise DamagedFileError(f"{source.label}/{STEM}.{suffix}.index.json: no weight_map that names the shards")
+        wanted = {str(name) for name in weight_map.values()}
+    elif matches:
+        total = matches[0][2]
+        if len(matches) != int(total):
+            raise DamagedFileError(
+                f"{source.label}: {len(matches)} of {int(total)} shards are there. Download or save the adapter again"
+            )
+        wanted = {f"{STEM}-{number:0{len(total)}d}-of-{total}.{suffix}" for number in range(1, int(total) + 1)}
+    else:
+        return ()
+    missing = sorted(name for name in wanted if name not in source.file_names)
+    if missing or not present <= wanted:
+        odd = missing or sorted(present - wanted)
+        what = "is missing" if missing else "belongs to no set of shards"
+        raise DamagedFileError(f"{source.label}: the shard {odd[0]} {what}. Download or save the adapter again")
+    return tuple(sorted(wanted))
+
+
+def _read_files(source: Source, files: Sequence[str]) -> tuple[dict[str, Tensor], Mapping[str, str], str]:
+    """The tensors of one variant, the metadata of its first file, and its container."""
+    home = source if source.path is None or source.is_folder or len(files) == 1 else Source(source.path.parent)
+    tensors: dict[str, Tensor] = {}
+    for name in files:
+        for key, tensor in home.tensors(name).tensors.items():
+            if key in tensors:
+                raise DuplicateTargetError(f"{source.label}: {key} stands in two shards")
+            tensors[key] = tensor
+    first = home.tensors(files[0])
+    return tensors, first.metadata, first.container

@@ -1,0 +1,214 @@
+"""PEFT: the folder that Hugging Face PEFT saves a LoRA adapter in.
+
+    adapter_config.json                    peft_type "LORA", lora_alpha, r, patterns, …; sorted keys
+    adapter_model.safetensors or .bin      safetensors is preferred; in shards with an index it is read, not written
+    NAME/adapter_config.json …             further adapters, one in each sub-folder
+
+Keys are `base_model.model.` + module path + one of
+
+    .lora_A.weight (r, in)                 .lora_B.weight (out, r)                  linear, GPT-2's Conv1D
+    .lora_embedding_A (r, V)               .lora_embedding_B (d, r)                 embedding; ΔW = s (B A)ᵀ
+    .lora_A.weight (r, in, *k)             .lora_B.weight (out, r, 1, …)            convolution in 1, 2 or 3 dimensions
+    .lora_A.weight (r, E)                  .lora_B.weight (3E, r)                   nn.MultiheadAttention, in_proj, and
+    .base_layer.out_proj.lora_A.weight     .base_layer.out_proj.lora_B.weight       its out_proj, which counts twice
+    [.base_layer].lora_A.weight (E·r, in)  [.base_layer].lora_B.weight (out, r·E)   target_parameters: peft_experts.py
+    .lora_A.weight (n·r, in)               .lora_B.weight (n·out/L, c, 1)           enable_lora, before 0.3; read only
+    .lora_magnitude_vector (out)           (1, out, 1, …) for convolutions          use_dora; also with `.weight`
+    .lora_B.bias (out)                                                              lora_bias
+    .base_layer.bias, .bias                                                         bias "lora_only" or "all"
+    .weight, .bias, …                      also behind .modules_to_save             modules_to_save
+    .base_layer.weight (V, d)                                                       embeddings saved along
+    .token_adapter.trainable_tokens_delta  (n, d), rows that replace                trainable_token_indices
+
+Scaling is lora_alpha / r, or lora_alpha / √r with use_rslora. Rank and alpha are the module's own: alpha_pattern is a
+map of regular expressions, of which the first in the file that matches `^(.*\\.)?(KEY)$` counts; ranks are those of
+the tensors. ΔW = s · B A, transposed where the base weight is stored (in, out).
+
+Read in huggingface/peft 0.21.2: `utils/save_and_load.py`, `utils/other.py`, `tuners/lora/`; earlier layouts in the
+versions that they belong to.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from adaptertools.adapter import Adapter, Feature, Origin, merge_notes
+from adaptertools.containers.history import read_history
+from adaptertools.containers.source import Source
+from adaptertools.dialects import peft_config, peft_files, peft_keys
+from adaptertools.dialects.peft_base import BaseModel, Checkpoint
+from adaptertools.dialects.peft_config import PeftConfig
+from adaptertools.dialects.peft_experts import parameter_groups, read_parameters
+from adaptertools.dialects.peft_factors import layers
+from adaptertools.dialects.peft_keys import MAGNITUDE, Contents, Group
+from adaptertools.dialects.peft_layout import arrange
+from adaptertools.dialects.peft_modules import OUT_PROJ, Reading, read_attention, read_module
+from adaptertools.dialects.peft_weights import read_full_weights, read_row_weights, tied_copies
+from adaptertools.dialects.peft_write import (
+    build_config,
+    check_uniform,
+    factor_tensors,
+    saved_modules,
+    tied_tensors,
+    weight_tensors,
+)
+from adaptertools.encoding import Encoder
+from adaptertools.errors import ConfigError, OptionError, UnsupportedFeatureError
+from adaptertools.formats import Artifact
+from adaptertools.module import LoraModule, ScaleRule
+from adaptertools.names import leaf, parent
+from adaptertools.tensors import natural_order
+
+SUMMARY = "Hugging Face PEFT: adapter_config.json with adapter_model.safetensors or .bin"
+CONTAINERS = ("safetensors", "torch")
+FOLDER = True
+CONFIG = peft_config.FILE
+FILES = peft_files.PATTERNS
+CARRIES = frozenset(Feature)
+
+
+def detect(source: Source) -> bool:
+    if source.is_folder:
+        if peft_files.is_adapter_folder(source) or peft_files.adapter_folders(source):
+            return True
+        if source.document(CONFIG) is not None:
+            return False  # of MLX, AdapterHub and others, which use the same name
+    names = [name for files in peft_files.weight_files(source)[:1] for name in files]
+    if names and names[0].startswith(f"{peft_files.STEM}.") and peft_files.is_adapter_folder(source):
+        return True
+    return any(
+        source.container(name) is not None and any(peft_keys.is_peft_key(key) for key in source.tensors(name).tensors)
+        for name in names[:1]
+    )
+
+
+def read(
+    source: Source,
+    *,
+    alpha: float | None = None,
+    base: Checkpoint | None = None,
+    adapter_name: str | None = None,
+    dora: bool | None = None,
+) -> Adapter:
+    found, chosen = peft_files.open_adapter(source, adapter_name)
+    config = peft_config.parse(found.source.document(CONFIG), found.config_label, alpha)
+    contents = peft_keys.parse(found.tensors, source.label, None if chosen else adapter_name)
+    reading = Reading(config=config, base=BaseModel(base), dora=_settle_dora(contents, config, dora))
+    tied = tied_copies(contents.groups, config)
+    groups = [group for path, group in contents.groups.items() if path not in tied]
+    modules = _read_modules(groups, reading)
+    full_weights, row_weights = read_full_weights(contents, config), read_row_weights(contents, config)
+    return Adapter(
+        modules=tuple(sorted(modules, key=lambda module: natural_order(str(module.target)))),
+        full_weights=full_weights,
+        row_weights=row_weights,
+        bases={"": config.base},
+        invocation_tokens=config.invocation_tokens,
+        history=read_history(found.metadata, found.source.document(peft_files.SIDECAR)),
+        metadata={"peft": _metadata(config, tied, modules)},
+        notes=merge_notes(found.notes, contents.notes, config.notes),
+        origin=Origin(format="peft", container=found.container, label=source.label),
+    )
+
+
+def write(adapter: Adapter, encoder: Encoder, *, container: str, conv: str | None = None) -> Artifact:
+    if conv not in (None, "svd"):
+        raise OptionError(f'conv is {conv!r}, expected "svd" or nothing')
+    _check_names(adapter)
+    carried = adapter.metadata.get("peft", {})
+    rule = _rule(adapter.modules)
+    orders = _names_lists(carried.get("parameter_orders"))
+    layout = arrange(layers(adapter.modules, encoder, rule, conv), orders, carried.get("target_parameters") or ())
+    check_uniform(layout)
+    saved = saved_modules(adapter, layout, carried.get("modules_to_save") or ())
+    tied = tied_tensors(layout, carried.get("tied_copies") or {})
+    config = build_config(adapter, layout, rule, saved, tied, encoder)
+    tensors = factor_tensors(layout) | tied | weight_tensors(adapter, layout, saved, encoder)
+    return Artifact(
+        tensors=tensors,
+        stem=peft_files.STEM,
+        metadata={"format": "pt"},
+        documents={CONFIG: config},
+        sidecar=peft_files.SIDECAR,
+        notes=_component_notes(adapter),
+    )
+
+
+def _settle_dora(contents: Contents, config: PeftConfig, wanted: bool | None) -> bool:
+    """Whether the magnitudes count. Where file and configuration disagree, only the caller can say.
+
+    Raises: ConfigError
+    """
+    present = any(MAGNITUDE in group.tensors for group in contents.groups.values())
+    stated = config.flag("use_dora") if config.stated else present
+    if wanted is None and present and not stated:
+        raise ConfigError(
+            f"{config.label}: use_dora is false, but the file has magnitudes, which PEFT then ignores without a word. "
+            "Read it with dora=true if it was trained with DoRA, with dora=false to do as PEFT does"
+        )
+    use = stated if wanted is None else wanted
+    if present and not use:
+        config.notes.append("left out: the DoRA magnitudes, as asked for")
+    return use
+
+
+def _read_modules(groups: Sequence[Group], reading: Reading) -> list[LoraModule]:
+    by_path = {group.path: group for group in groups}
+    parameters = parameter_groups(groups, reading.config, reading.base)
+    modules = read_parameters(parameters, [group for group in groups if group.path in parameters], reading)
+    for path, group in by_path.items():
+        inner = by_path.get(path.removesuffix(OUT_PROJ)) if path.endswith(OUT_PROJ) else None
+        if path in parameters or f"{path}{OUT_PROJ}" in by_path:
+            continue
+        modules += read_attention(inner, group, reading) if inner else read_module(group, reading)
+    return modules
+
+
+def _metadata(config: PeftConfig, tied: Mapping[str, str], modules: Sequence[LoraModule]) -> dict[str, Any]:
+    """What the configuration says beyond the adapter model, for writing it again."""
+    kept = {key: config.raw[key] for key in peft_config.CARRIED if config.raw.get(key) is not None}
+    orders: dict[str, list[str]] = {}
+    for module in modules:
+        if module.kind == "parameter":
+            orders.setdefault(parent(module.target.parameter), []).append(leaf(module.target.parameter))
+    several = sorted({tuple(order) for order in orders.values() if len(order) > 1})
+    return {
+        **kept,
+        **({"tied_copies": {peft_keys.without_base_layer(k): v for k, v in tied.items()}} if tied else {}),
+        **({"parameter_orders": [list(order) for order in several]} if several else {}),
+    }
+
+
+def _rule(modules: Sequence[LoraModule]) -> ScaleRule:
+    """use_rslora holds for all layers or none."""
+    root = all(module.scale_rule is ScaleRule.ALPHA_OVER_SQRT_RANK for module in modules)
+    return ScaleRule.ALPHA_OVER_SQRT_RANK if modules and root else ScaleRule.ALPHA_OVER_RANK
+
+
+def _check_names(adapter: Adapter) -> None:
+    components = sorted({module.target.component for module in adapter.modules})
+    if not adapter.modules:
+        raise UnsupportedFeatureError("the adapter has no module, and PEFT loads no adapter without a target")
+    if len(components) > 1:
+        raise UnsupportedFeatureError(
+            f"the adapter is for several models ({', '.join(components)}), a PEFT folder for one. "
+            "Write each with --only"
+        )
+    opaque = [module.target.parameter for module in adapter.modules if module.target.opaque]
+    if opaque:
+        raise UnsupportedFeatureError(
+            f"{opaque[0]} is a name that could not be turned back into a module path, which PEFT needs. "
+            "Read the adapter with --base"
+        )
+    if any(base.change for base in adapter.bases.values()) and any(module.target.rows for module in adapter.modules):
+        raise UnsupportedFeatureError(
+            "slices of a fused projection become one pair of higher rank, which breaks an adapter on a changed base"
+        )
+
+
+def _component_notes(adapter: Adapter) -> tuple[str, ...]:
+    component = adapter.modules[0].target.component
+    return (f"the adapter is for {component!r}; PEFT does not record that",) if component else ()
+
+
+def _names_lists(value: Any) -> list[list[str]]:
+    return [[str(name) for name in names] for names in value or () if isinstance(names, list)]

@@ -1,0 +1,134 @@
+"""One harness for every format in the folder: write, read back, compare; nothing is listed by name."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from strategies import adapters
+
+import adaptertools
+from adaptertools import formats
+from adaptertools.adapter import Adapter, Feature, LoraModule
+from adaptertools.api import WriteReport
+from adaptertools.containers.source import Source
+from adaptertools.errors import UnsupportedFeatureError
+
+WRITABLE = [name for name in formats.names() if formats.get(name).CONTAINERS]
+COMBINATIONS = [(name, container) for name in WRITABLE for container in formats.get(name).CONTAINERS]
+
+
+def by_target(adapter: Adapter) -> dict[str, LoraModule]:
+    """Modules by parameter; the slots of a fused projection count as the one parameter that they change together."""
+    return {str(module.target): module for module in adapter.modules}
+
+
+def delta_weights(adapter: Adapter) -> dict[str, torch.Tensor]:
+    """ΔW of every parameter in float64, in the (out, in) orientation that formats without a transposition state."""
+    deltas: dict[str, torch.Tensor] = {}
+    for module in adapter.modules:
+        plain = module.lora_B.double() @ module.lora_A.double() * module.scaling
+        if module.target.rows:
+            whole = plain.new_zeros(module.target.rows.total, module.in_features)
+            whole[module.target.rows.start : module.target.rows.stop] = plain
+            plain = whole
+        name = module.target.parameter
+        plain = plain.reshape(module.shape) if module.shape else plain
+        deltas[name] = deltas[name] + plain if name in deltas else plain
+    return deltas
+
+
+def assert_same_meaning(before: Adapter, after: Adapter, report: WriteReport) -> None:
+    """ΔW, bias, magnitude and stored weights agree: exactly where exactness was reported, else within the error."""
+    allowed = report.max_relative_error
+    one, other = delta_weights(before), delta_weights(after)
+    assert one.keys() == other.keys()
+    scales = {name: 0.0 for name in one}
+    for module in before.modules:
+        product = module.lora_B.double().abs() @ module.lora_A.double().abs() * abs(module.scaling)
+        scales[module.target.parameter] = max(scales[module.target.parameter], float(product.max()))
+    for name, delta in one.items():
+        error = float((delta - other[name]).abs().max())
+        assert error <= (allowed + 1e-15) * 2 * scales[name] + 1e-300, f"{name}: {error} beyond {allowed}"
+    for name, weight in before.full_weights.items():
+        assert torch.equal(weight.weight, after.full_weights[name].weight), name
+    assert before.full_weights.keys() == after.full_weights.keys()
+    assert before.row_weights.keys() == after.row_weights.keys()
+    for name, rows in before.row_weights.items():
+        assert rows.indices == after.row_weights[name].indices
+        assert torch.equal(rows.rows, after.row_weights[name].rows)
+    magnitudes = {str(m.target): m.magnitude for m in before.modules if m.magnitude is not None}
+    for module in after.modules:
+        if module.magnitude is not None:
+            assert torch.equal(module.magnitude, magnitudes[str(module.target)])
+        if module.lora_bias is not None and str(module.target) in by_target(before):
+            original = by_target(before)[str(module.target)]
+            expected = original.lora_bias.double() * original.scaling
+            assert torch.allclose(module.lora_bias.double() * module.scaling, expected, rtol=2 * allowed + 1e-15)
+    assert sum(m.magnitude is not None for m in after.modules) == len(magnitudes)
+    assert after.bases.get("", before.bases[""]).change == before.bases[""].change
+    assert after.invocation_tokens == before.invocation_tokens
+
+
+@pytest.mark.parametrize(("name", "container"), COMBINATIONS)
+@given(data=st.data())
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_what_a_format_writes_it_reads_back(name: str, container: str, data: st.DataObject, tmp_path: Path) -> None:
+    adapter = data.draw(adapters(formats.get(name).CARRIES))
+    snapshot = {key: tensor.clone() for key, tensor in adapter.named_tensors.items()}
+    dst = tmp_path / "out" if formats.get(name).FOLDER else tmp_path / "out.bin"
+    try:
+        report = adaptertools.write(adapter, dst, format=name, container=container, overwrite=dst.exists())
+    except UnsupportedFeatureError as error:
+        assert adapter.features, f"plain linear modules were refused: {error}"
+        return
+    assert formats.detect(Source(dst)) == name
+    assert_same_meaning(adapter, adaptertools.read(dst), report)
+    for key, tensor in adapter.named_tensors.items():
+        assert torch.equal(tensor, snapshot[key]), f"writing changed {key}"
+
+
+@pytest.mark.parametrize("name", WRITABLE)
+@given(data=st.data())
+@settings(max_examples=25, deadline=None)
+def test_tensors_in_memory_say_the_same_as_a_file(name: str, data: st.DataObject) -> None:
+    adapter = data.draw(adapters())
+    tensors, config = adapter.to_state_dict(format=name)
+    again = adaptertools.from_state_dict(tensors, config, format=name)
+    one, other = delta_weights(adapter), delta_weights(again)
+    assert one.keys() == other.keys()
+    for key, delta in one.items():
+        assert torch.allclose(delta, other[key], rtol=1e-2, atol=1e-2 * float(delta.abs().max()))
+
+
+@pytest.mark.parametrize("name", WRITABLE)
+@pytest.mark.parametrize("feature", list(Feature))
+def test_a_writer_refuses_by_name_what_it_cannot_carry(name: str, feature: Feature, tmp_path: Path) -> None:
+    if feature in formats.get(name).CARRIES:
+        return
+    adapter = sample(feature)
+    with pytest.raises(UnsupportedFeatureError, match=feature.value):
+        adaptertools.write(adapter, tmp_path / "out", format=name)
+    assert not (tmp_path / "out").exists()
+    if feature is not Feature.PARAMETER:
+        adaptertools.write(adapter, tmp_path / "out", format=name, drop=[feature.value, *other_drops(adapter, name)])
+        assert (tmp_path / "out").exists()
+
+
+def other_drops(adapter: Adapter, name: str) -> list[str]:
+    return sorted(adapter.features - formats.get(name).CARRIES)
+
+
+@settings(max_examples=1, deadline=None, derandomize=True, database=None)
+@given(data=st.data())
+def _draw(found: list[Adapter], feature: Feature, data: st.DataObject) -> None:
+    adapter = data.draw(adapters({feature}).filter(lambda adapter: feature in adapter.features))
+    found.append(adapter)
+
+
+def sample(feature: Feature) -> Adapter:
+    """Some adapter that holds the feature."""
+    found: list[Adapter] = []
+    _draw(found, feature)
+    return found[-1]
