@@ -293,10 +293,8 @@ def _store(
                 write_text(staging / name, format_json(document))
             publish_folder(staging, dst, [pattern for name in formats.names() for pattern in formats.get(name).FILES])
         else:
-            previous = Source(dst) if dst.exists() else None
             for suffix, document in documents.items():
-                bound = sidecar.bind(document, weights, previous.document(dst.name + suffix) if previous else None)
-                write_text(staging / (dst.name + suffix), format_json(bound))
+                write_text(staging / (dst.name + suffix), format_json(sidecar.bind(document, weights, dst)))
             publish_files(staging, dst, [*(dst.name + suffix for suffix in documents), dst.name])
     return total
 

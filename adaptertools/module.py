@@ -43,7 +43,7 @@ class ScaleRule(StrEnum):
                 return scaling
         if not math.isfinite(guess):
             raise ConfigError(f"no finite alpha gives the scaling {scaling} at rank {rank}")
-        neighbours = (guess, round(guess), math.nextafter(guess, math.inf), math.nextafter(guess, -math.inf))
+        neighbours = (round(guess), guess, math.nextafter(guess, math.inf), math.nextafter(guess, -math.inf))
         return min((float(alpha) for alpha in neighbours), key=lambda alpha: abs(self.scaling(alpha, rank) - scaling))
 
 

@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from adaptertools import formats
+from adaptertools.cli import group
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -29,46 +31,47 @@ def transcript() -> Iterator[tuple[str, str]]:
 
 
 @pytest.fixture
-def desk(tmp_path: Path) -> Path:
+def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder to work in, with the fixtures that README reads."""
     (tmp_path / "fixtures").symlink_to(ROOT / "fixtures")
+    monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def run(command: str, folder: Path) -> str:
-    """What a command line prints; `adaptertools` is the one under test, whatever stands on the PATH."""
+def run(command: str) -> str:
+    """What a command line prints, on stdout and stderr, and its exit code where it is not 0."""
     words = shlex.split(command)
     assert words[0] == "adaptertools", f"README shows another program: {command}"
-    program = [sys.executable, "-m", "adaptertools", *words[1:]]
-    ran = subprocess.run(program, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    shown = ran.stdout
-    return shown + f"[exit code {ran.returncode}]\n" if ran.returncode else shown
+    ran = CliRunner().invoke(group, words[1:], prog_name="adaptertools")
+    return ran.output + (f"[exit code {ran.exit_code}]\n" if ran.exit_code else "")
 
 
 def test_the_transcripts_are_what_the_commands_print(desk: Path) -> None:
     steps = list(transcript())
     assert {"convert", "rescale", "inspect", "formats"} <= {shlex.split(command)[1] for command, _ in steps}
     for command, shown in steps:
-        assert run(command, desk) == shown, command
+        assert run(command) == shown, command
 
 
 def test_the_python_runs(desk: Path) -> None:
     code = "\n".join(blocks("python"))
     assert "adaptertools.read(" in code
     for command, _ in transcript():
-        run(command, desk)
+        run(command)
     subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=desk, check=True, capture_output=True)
 
 
 def test_the_first_set_up_command_does_the_main_job(desk: Path) -> None:
-    steps = [step.strip().removeprefix(".venv/bin/") for step in blocks("sh")[0].replace("\\\n", "").split("&&")]
-    assert steps[0] == "python3 -m venv .venv"
-    assert steps[1].startswith("pip install")
-    job = steps[2:]
+    make, install, *job = [step.strip() for step in blocks("sh")[0].replace("\\\n", "").split("&&")]
+    assert make == "python3 -m venv .venv"
+    assert install == ".venv/bin/pip install -q -c tests/constraints.txt -e ."
     assert [shlex.split(step)[1] for step in job] == ["convert", "rescale", "inspect"]
-    for step in job:
-        assert "[exit code" not in run(step, desk), step
-    assert "alpha        32" in run(job[-1], desk)
+    program = Path(".venv/bin/adaptertools")
+    program.parent.mkdir(parents=True)
+    program.symlink_to(Path(sys.executable).with_name("adaptertools"))
+    ran = subprocess.run(" && ".join(job), shell=True, cwd=desk, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert "alpha        32" in ran.stdout
 
 
 def test_the_second_set_up_command_installs_with_test_and_runs_the_tests() -> None:
@@ -79,7 +82,9 @@ def test_the_second_set_up_command_installs_with_test_and_runs_the_tests() -> No
 
 
 def test_the_table_of_formats_says_what_the_code_says() -> None:
-    rows = re.findall(r"^\| `([a-z-]+)` \| ([^|]*) \| ([^|]*) \|", README, flags=re.MULTILINE)
+    section = re.search(r"^## Formats$(.*?)^## ", README, flags=re.MULTILINE | re.DOTALL)
+    assert section
+    rows = re.findall(r"^\| `([a-z-]+)` \| ([^|]*) \| ([^|]*) \|", section[1], flags=re.MULTILINE)
     table = {name: (containers.strip(), carries.strip()) for name, containers, carries in rows}
     assert set(table) == set(formats.names())
     for name, (containers, carries) in table.items():

@@ -52,8 +52,9 @@ def span(values: Iterable[float]) -> str:
 
 
 def change(label: str, before: Iterable[float], after: Iterable[float]) -> str:
-    """One line that says what values became: `scaling  2 -> 4`."""
-    return field(label, f"{span(before)} -> {span(after)}")
+    """One line that says what values became: `scaling  2 -> 4`, or `rank  8` where they stayed."""
+    old, new = span(before), span(after)
+    return field(label, old if old == new else f"{old} -> {new}")
 
 
 def table(rows: Iterable[Sequence[object]]) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from math import prod
 from mmap import mmap
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import msgpack
 import torch
@@ -19,12 +19,11 @@ from torch import Tensor
 from adaptertools.containers.atomic import allocated
 from adaptertools.containers.msgpack_walker import Extension, Span, Walker
 from adaptertools.containers.tensorfile import (
-    MAX_DIMENSION,
-    MAX_RANK,
     TensorFile,
     check_name,
     file_size,
     flatten,
+    is_shape,
     map_file,
     nested,
     view,
@@ -105,51 +104,50 @@ class _Decoder:
 
     def _extension(self, name: str, span: Extension) -> Tensor | complex:
         if span.code not in (_ARRAY, _COMPLEX, _SCALAR):
-            self._fail(name, f"extension type {span.code}", "1, 2 or 3, which flax uses")
+            raise self._damaged(name, f"extension type {span.code}", "1, 2 or 3, which flax uses")
         match Walker(f"{self._label}: {name}", self._data, span.start, span.stop).document():
             case [list(shape), str(dtype), Span() as raw] if span.code != _COMPLEX:
                 return self._tensor(name, shape, dtype, raw)
             case [int() | float() as real, int() | float() as imaginary] if span.code == _COMPLEX:
                 return complex(real, imaginary)
             case _:
-                self._fail(name, "an array of unknown make", "shape, dtype and bytes")
+                raise self._damaged(name, "an array of unknown make", "shape, dtype and bytes")
 
     def _tensor(self, name: str, shape: list[object], dtype_name: str, raw: Span) -> Tensor:
         if dtype_name not in _DTYPES:
-            self._fail(name, f"dtype {dtype_name!r:.40}", ", ".join(_DTYPES))
+            raise self._damaged(name, f"dtype {dtype_name!r:.40}", ", ".join(_DTYPES))
         sizes = self._sizes(name, shape)
         dtype = _DTYPES[dtype_name]
         if prod(sizes) * dtype.itemsize != raw.stop - raw.start:
             found = f"{raw.stop - raw.start} bytes for shape {sizes} in {dtype_name}"
-            self._fail(name, found, str(prod(sizes) * dtype.itemsize))
+            raise self._damaged(name, found, str(prod(sizes) * dtype.itemsize))
         return view(self._data, dtype, sizes, raw.start)
 
     def _sizes(self, name: str, shape: list[object]) -> tuple[int, ...]:
-        sizes = tuple(size for size in shape if type(size) is int and 0 <= size < MAX_DIMENSION)
-        if len(sizes) != len(shape) or len(sizes) > MAX_RANK:
-            self._fail(name, f"shape {shape!r:.80}", "whole numbers")
-        return sizes
+        if not is_shape(shape):
+            raise self._damaged(name, f"shape {shape!r:.80}", "whole numbers that a tensor may have")
+        return tuple(shape)
 
     def _joined(self, name: str, content: dict[Any, object]) -> Tensor:
         shape, chunks = content.get("shape"), content.get("chunks")
         if not isinstance(shape, dict) or not isinstance(chunks, dict):
-            self._fail(name, "a chunked array without shape or chunks", "both")
+            raise self._damaged(name, "a chunked array without shape or chunks", "both")
         sizes = self._sizes(name, self._in_order(name, shape))
         parts = [chunk for chunk in self._in_order(name, chunks) if isinstance(chunk, Tensor)]
         if len(parts) != len(chunks) or not parts or len({part.dtype for part in parts}) > 1:
-            self._fail(name, "chunks of several kinds", "arrays of one dtype")
+            raise self._damaged(name, "chunks of several kinds", "arrays of one dtype")
         if sum(part.numel() for part in parts) != prod(sizes):
-            self._fail(name, f"chunks of {sum(part.numel() for part in parts)} elements", f"shape {sizes}")
+            raise self._damaged(name, f"chunks of {sum(part.numel() for part in parts)} elements", f"shape {sizes}")
         return torch.cat([part.reshape(-1) for part in parts]).reshape(sizes)
 
     def _in_order(self, name: str, content: Mapping[Any, object]) -> list[object]:
         keys = [str(index) for index in range(len(content))]
         if set(keys) != set(content):
-            self._fail(name, f"chunks numbered {sorted(map(str, content))!r:.80}", f"0 to {len(keys) - 1}")
+            raise self._damaged(name, f"chunks numbered {sorted(map(str, content))!r:.80}", f"0 to {len(keys) - 1}")
         return [content[key] for key in keys]
 
-    def _fail(self, name: str, found: str, expected: str) -> NoReturn:
-        raise DamagedFileError(f"{self._label}: {name or 'the document'} holds {found}; expected {expected}")
+    def _damaged(self, name: str, found: str, expected: str) -> DamagedFileError:
+        return DamagedFileError(f"{self._label}: {name or 'the document'} holds {found}; expected {expected}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

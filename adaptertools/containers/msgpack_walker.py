@@ -6,7 +6,6 @@ The msgpack library has no way past a payload but to copy it: reading a file of 
 import struct
 from dataclasses import dataclass
 from mmap import mmap
-from typing import NoReturn
 
 from adaptertools.containers.tensorfile import MAX_DEPTH, check_count
 from adaptertools.errors import DamagedFileError, UnsafeFileError
@@ -74,7 +73,7 @@ class Walker:
         """
         value = self._value(0)
         if self._position != self._stop:
-            self._fail(f"{self._stop - self._position} bytes follow the end of the document")
+            raise self._damaged(f"{self._stop - self._position} bytes follow the end of the document")
         return value
 
     def _value(self, depth: int) -> object:
@@ -104,7 +103,7 @@ class Walker:
         if code in _FIXED_EXTENSIONS:
             return "extension", _FIXED_EXTENSIONS[code]
         if code not in _SIZED:
-            self._fail(f"byte {code:#x} begins no value")
+            raise self._damaged(f"byte {code:#x} begins no value")
         kind, width = _SIZED[code]
         return kind, int.from_bytes(self._take(width), "big")
 
@@ -128,9 +127,9 @@ class Walker:
         for _ in range(length):
             key = self._value(depth + 1)
             if not isinstance(key, str | int):
-                self._fail(f"a key is {key!r:.40}, expected text or a whole number")
+                raise self._damaged(f"a key is {key!r:.40}, expected text or a whole number")
             if key in entries:
-                self._fail(f"key {key!r:.80} stands twice in one map; which one is meant?")
+                raise self._damaged(f"key {key!r:.80} stands twice in one map; which one is meant?")
             entries[key] = self._value(depth + 1)
         return entries
 
@@ -139,7 +138,7 @@ class Walker:
         try:
             return raw.decode()
         except UnicodeDecodeError:
-            self._fail(f"a text is not UTF-8: {raw!r:.80}")
+            raise self._damaged(f"a text is not UTF-8: {raw!r:.80}") from None
 
     def _take(self, length: int) -> bytes:
         span = self._skip(length)
@@ -148,11 +147,11 @@ class Walker:
     def _skip(self, length: int) -> Span:
         start, self._position = self._position, self._position + length
         if self._position > self._stop:
-            self._fail(f"{length} bytes are announced, {max(0, self._stop - start)} are left")
+            raise self._damaged(f"{length} bytes are announced, {max(0, self._stop - start)} are left")
         return Span(start, self._position)
 
-    def _fail(self, what: str) -> NoReturn:
-        raise DamagedFileError(
+    def _damaged(self, what: str) -> DamagedFileError:
+        return DamagedFileError(
             f"{self._label}, near byte {min(self._position, self._stop)}: {what}. "
             "It was cut off or damaged, or is no msgpack file: download or save it again"
         )

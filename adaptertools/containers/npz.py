@@ -3,6 +3,7 @@
 numpy knows no bfloat16 and writes it as two void bytes, `|V2`; that is how it is read and written here.
 """
 
+import math
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from numpy.lib import format as npy
 from torch import Tensor
 
 from adaptertools.containers import ziparchive
-from adaptertools.containers.tensorfile import TensorFile, check_name, file_size, map_file, parsing, view
+from adaptertools.containers.tensorfile import TensorFile, check_name, file_size, is_shape, map_file, parsing, view
 from adaptertools.containers.ziparchive import Member
 from adaptertools.errors import DamagedFileError, EmptyFileError, UnsafeFileError, UnsupportedFeatureError
 from adaptertools.tensors import Deferred, NamedTensors, materialize, tensor_bytes
@@ -73,7 +74,7 @@ def read(path: Path) -> TensorFile:
     Memory: none for stored members; the expanded size of deflated ones, at most 100 times that of the file
     Raises: DamagedFileError, EmptyFileError; UnsafeFileError for pickled objects and for sizes out of bound
     """
-    members = ziparchive.read_directory(path, compressed=True)
+    members = ziparchive.read_directory(path)
     mapped = map_file(path)
     tensors: dict[str, Tensor] = {}
     strings: dict[str, str] = {}
@@ -115,8 +116,8 @@ def _parse_header(where: str, head: bytes | bytearray, size: int) -> _Header:
     if dtype.hasobject:
         raise UnsafeFileError(f"{where} holds pickled Python objects, which could run code. Save numeric arrays only")
     header = _Header(dtype=dtype, shape=shape, fortran=fortran, length=stream.tell())
-    expected = header.length + dtype.itemsize * int(np.prod(shape, dtype=object))
-    if expected != size or any(length < 0 for length in shape):
+    expected = header.length + dtype.itemsize * math.prod(shape)
+    if expected != size or not is_shape(shape):
         raise DamagedFileError(
             f"{where}: shape {shape} in {dtype} takes {expected} bytes with its header, found {size}"
         )

@@ -194,6 +194,8 @@ def _spec(folder: Path, leaf: _Leaf, tree: Mapping[str, Any]) -> dict[str, Any]:
 
 def _tensor(array: np.ndarray[Any, Any], dtype: str) -> Tensor:
     """numpy's bfloat16 is a foreign dtype that torch does not take: its bytes are handed over."""
+    if array.size == 0:
+        return torch.empty(array.shape, dtype=_DTYPES[dtype])
     raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     return torch.from_numpy(raw).view(_DTYPES[dtype]).reshape(array.shape)
 

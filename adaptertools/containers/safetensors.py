@@ -16,13 +16,12 @@ import torch
 from adaptertools.containers.atomic import allocated
 from adaptertools.containers.jsonfile import parse_object
 from adaptertools.containers.tensorfile import (
-    MAX_DIMENSION,
     MAX_HEADER_BYTES,
-    MAX_RANK,
     TensorFile,
     check_count,
     check_name,
     file_size,
+    is_shape,
     map_file,
     view,
 )
@@ -32,7 +31,8 @@ from adaptertools.tensors import NamedTensors, materialize, tensor_bytes
 NAME = "safetensors"
 SUFFIX = ".safetensors"
 
-_DTYPES = {
+_METADATA = "__metadata__"
+_DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -65,9 +65,9 @@ def read(path: Path) -> TensorFile:
     label = str(path)
     header, start = read_header(path)
     size = file_size(path)
-    metadata = header.pop("__metadata__", None) or {}
+    metadata = header.pop(_METADATA, None) or {}
     if not isinstance(metadata, dict):
-        raise DamagedFileError(f"{label}: __metadata__ is no object")
+        raise DamagedFileError(f"{label}: {_METADATA} is no object")
     check_count(label, len(header))
     if not header:
         raise EmptyFileError(f"{label}: the file holds no tensor")
@@ -111,15 +111,12 @@ def _span(label: str, name: str, entry: object) -> _Span:
     where = f"{label}: tensor {name}"
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise DamagedFileError(f"{where}: expected dtype, shape and data_offsets in the header, found {entry!r:.80}")
-    if entry["dtype"] not in _DTYPES:
-        raise DamagedFileError(f"{where}: unknown dtype {entry['dtype']!r}, expected one of {', '.join(_DTYPES)}")
+    if not isinstance(entry["dtype"], str) or entry["dtype"] not in _DTYPES:
+        raise DamagedFileError(f"{where}: unknown dtype {entry['dtype']!r:.40}, expected one of {', '.join(_DTYPES)}")
     shape, offsets = entry["shape"], entry["data_offsets"]
-    for numbers in (shape, offsets):
-        if not isinstance(numbers, list) or any(type(n) is not int or n < 0 for n in numbers):
-            raise DamagedFileError(f"{where}: {numbers!r:.80} are not whole numbers")
-    if len(offsets) != 2 or any(n >= MAX_DIMENSION for n in shape) or len(shape) > MAX_RANK:
+    if not is_shape(shape) or not _is_span(offsets):
         raise DamagedFileError(f"{where}: shape {shape!r:.80} and offsets {offsets!r:.80} are impossible")
-    dtype: torch.dtype = _DTYPES[entry["dtype"]]
+    dtype = _DTYPES[entry["dtype"]]
     nbytes = math.prod(shape) * dtype.itemsize
     if offsets[1] - offsets[0] != nbytes:
         raise DamagedFileError(
@@ -127,6 +124,10 @@ def _span(label: str, name: str, entry: object) -> _Span:
             f"its offsets {offsets} span {offsets[1] - offsets[0]}"
         )
     return _Span(dtype, tuple(shape), offsets[0], offsets[1])
+
+
+def _is_span(offsets: object) -> bool:
+    return isinstance(offsets, list) and len(offsets) == 2 and all(type(n) is int and n >= 0 for n in offsets)
 
 
 def _check_coverage(label: str, spans: Mapping[str, _Span], size: int) -> None:
@@ -150,13 +151,13 @@ def write(
     Wide dtypes stand first, so that every tensor is aligned.
 
     Memory: one tensor
-    Raises: DestinationError if the disk is full or the names cannot be stored
+    Raises: DestinationError; UnsupportedFeatureError for dtypes and names that cannot be stored
     """
     for name, tensor in tensors.items():
-        if tensor.dtype not in _DTYPE_NAMES:
+        if tensor.dtype not in _DTYPE_NAMES or check_name(str(path), name) == _METADATA:
             raise UnsupportedFeatureError(f"{path}: safetensors cannot store {name} in {tensor.dtype}")
     order = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    header: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
     end = 0
     for name in order:
         tensor = tensors[name]

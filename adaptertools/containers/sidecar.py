@@ -7,10 +7,12 @@ what was said of the weights before; whichever file a crash leaves, its own reco
 import hashlib
 import zipfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from adaptertools.containers.source import Source
+from adaptertools.errors import FileError
 
 SUFFIX = ".adaptertools.json"
 
@@ -27,11 +29,13 @@ def fingerprint(path: Path) -> str:
     return digest.hexdigest()
 
 
-def bind(document: Mapping[str, Any], weights: Path, previous: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The document with the fingerprint of its weights, and the record of the weights that they replace."""
+def bind(document: Mapping[str, Any], weights: Path, replaced: Path) -> dict[str, Any]:
+    """The document with the fingerprint of its weights, and the record of the weights that they are to replace."""
     bound = {**document, "weights": fingerprint(weights)}
-    if previous is not None:
-        bound["previous"] = {key: value for key, value in previous.items() if key != "previous"}
+    with suppress(FileError):  # a damaged sidecar says nothing that could be kept
+        previous = load(Source(replaced), replaced.name)[0] if replaced.is_file() else None
+        if previous is not None:
+            bound["previous"] = {key: value for key, value in previous.items() if key != "previous"}
     return bound
 
 
@@ -40,10 +44,10 @@ def load(source: Source, name: str) -> tuple[dict[str, Any] | None, tuple[str, .
     document = source.document(name + SUFFIX)
     if document is None or source.root is None:
         return document, ()
-    path = source.root / name
-    if not zipfile.is_zipfile(path):
+    try:
+        found = fingerprint(source.root / name)
+    except (zipfile.BadZipFile, OSError):
         return None, (f"{name}{SUFFIX} was not written for {name} and is not used",)
-    found = fingerprint(path)
     for record in (document, document.get("previous")):
         if isinstance(record, dict) and record.get("weights") == found:
             return record, ()

@@ -2,11 +2,12 @@
 
 import math
 import mmap
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -24,12 +25,13 @@ from adaptertools.tensors import NamedTensors
 MAX_HEADER_BYTES = 25_000_000
 MAX_TENSORS = 1_000_000
 MAX_DEPTH = 64
-MAX_DIMENSION = 1 << 48
-MAX_RANK = 32
+MAX_ELEMENTS = 1 << 48
+MAX_DIMENSIONS = 32
 
 _MAX_GROWTH = 100
 _ALWAYS_ALLOWED = 64 << 20
 
+_CONTROL = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\ud800-\\udfff]")
 _LFS_PREFIX = b"version https://git-lfs.github.com/spec/"
 
 
@@ -67,12 +69,12 @@ def read_head(path: Path, size: int = 512) -> bytes:
 def check_name(label: str, name: object) -> str:
     """A tensor name that is safe to print and to use.
 
-    Raises: UnsafeFileError for control characters; DamagedFileError if it is no text
+    Raises: UnsafeFileError for control characters and halves of characters; DamagedFileError if it is no text
     """
     if not isinstance(name, str) or not name:
         raise DamagedFileError(f"{label}: a tensor is named {name!r}, expected text")
-    if any(ord(character) < 32 or ord(character) == 127 for character in name):
-        raise UnsafeFileError(f"{label}: the tensor name {name!r} holds control characters")
+    if _CONTROL.search(name):
+        raise UnsafeFileError(f"{label}: the tensor name {name!a:.200} holds control characters")
     return name
 
 
@@ -82,7 +84,15 @@ def check_count(label: str, count: int) -> None:
         raise UnsafeFileError(f"{label}: {count} tensors, more than the {MAX_TENSORS} that are accepted")
 
 
+def is_shape(value: object) -> TypeGuard[Sequence[int]]:
+    """Whether these are dimensions that a tensor may have; empty tensors of absurd shape are none."""
+    if not isinstance(value, list | tuple) or len(value) > MAX_DIMENSIONS:
+        return False
+    return all(type(size) is int and size >= 0 for size in value) and math.prod(s or 1 for s in value) <= MAX_ELEMENTS
+
+
 def file_size(path: Path) -> int:
+    """The bytes of a file."""
     return path.stat().st_size
 
 

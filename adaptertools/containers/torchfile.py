@@ -8,17 +8,24 @@ pickle says of them.
 import pickle
 import re
 import warnings
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from io import BytesIO
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from adaptertools.containers import ziparchive
-from adaptertools.containers.tensorfile import TensorFile, check_name, file_size, flatten, parsing, read_head
+from adaptertools.containers.tensorfile import (
+    MAX_HEADER_BYTES,
+    TensorFile,
+    check_name,
+    file_size,
+    flatten,
+    parsing,
+    read_head,
+)
+from adaptertools.containers.torch_pickle import DTYPES, dump, foreign_globals
 from adaptertools.containers.ziparchive import Member
 from adaptertools.errors import (
     DamagedFileError,
@@ -26,29 +33,14 @@ from adaptertools.errors import (
     UnsafeFileError,
     UnsupportedFeatureError,
 )
-from adaptertools.tensors import Deferred, NamedTensors, materialize, tensor_bytes
+from adaptertools.tensors import NamedTensors, materialize, tensor_bytes
 
 NAME = "torch"
 SUFFIX = ".bin"
 
-_LEGACY_MAGIC = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 _PICKLE_PROTOCOLS = range(2, 6)
 _TAR_MAGIC, _TAR_MAGIC_OFFSET = b"ustar", 257
 _PAGE = 4096
-
-_STORAGES = {
-    torch.float64: torch.DoubleStorage,
-    torch.float32: torch.FloatStorage,
-    torch.float16: torch.HalfStorage,
-    torch.bfloat16: torch.BFloat16Storage,
-    torch.int64: torch.LongStorage,
-    torch.int32: torch.IntStorage,
-    torch.int16: torch.ShortStorage,
-    torch.int8: torch.CharStorage,
-    torch.uint8: torch.ByteStorage,
-    torch.bool: torch.BoolStorage,
-}
-"""Dtypes that have a storage class of their own. The newer ones name the dtype beside an untyped storage."""
 
 
 def sniff(path: Path, head: bytes) -> bool:
@@ -87,65 +79,91 @@ def read(path: Path) -> TensorFile:
     tensors, strings = flatten(str(path), content)
     if not tensors:
         raise EmptyFileError(f"{path}: the file holds no tensor")
-    tensors = {name: _checked(path, name, tensor) for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():
+        _check_tensor(path, name, tensor)
     if storages is not None:
         _check_storages(path, tensors, storages)
+    tensors = {name: tensor.detach().resolve_conj().resolve_neg() for name, tensor in tensors.items()}
     return TensorFile(tensors=tensors, metadata=strings, container=NAME, label=str(path), nbytes=file_size(path))
 
 
 def _check_zip(path: Path) -> list[Member]:
     """The members that hold storages."""
-    members = ziparchive.read_directory(path, compressed=False)
-    if any(name.rpartition("/")[2] == "constants.pkl" for name in members):
+    members = ziparchive.read_directory(path)
+    files = [name.rpartition("/")[2] for name in members]
+    if "constants.pkl" in files:
         raise UnsafeFileError(f"{path}: a TorchScript program, not weights. Save its state_dict() instead")
-    pickles = [name for name in members if name.rpartition("/")[2] == "data.pkl"]
-    if len(pickles) != 1:
+    if files.count("data.pkl") != 1:
         raise DamagedFileError(
-            f"{path}: expected a zip file with one data.pkl, as torch.save writes; found {len(pickles)}"
+            f"{path}: expected a zip file with one data.pkl, as torch.save writes; found {files.count('data.pkl')}"
         )
-    folder = pickles[0].removesuffix("data.pkl") + "data/"
+    for member in members.values():
+        if not member.stored:
+            raise UnsafeFileError(
+                f"{path}: member {member.name} is compressed, which torch never does: it may expand without bound. "
+                "If you trust it, unpack it and zip it again without compression (zip -0)"
+            )
+    folder = _pickle_name(members).removesuffix("data.pkl") + "data/"
     return [member for name, member in members.items() if name.startswith(folder)]
+
+
+def _pickle_name(members: Iterable[str]) -> str:
+    return next(name for name in members if name.rpartition("/")[2] == "data.pkl")
 
 
 def _load(path: Path, *, mapped: bool) -> object:
     try:
         with parsing(path), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            warnings.simplefilter("ignore")  # of dtypes that torch is about to retire
+            if mapped:
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            with path.open("rb") as file:
+                content = torch.load(file, map_location="cpu", weights_only=True)
+                end = file.tell()
     except DamagedFileError as error:
-        cause = error.__cause__
-        if isinstance(cause, pickle.UnpicklingError):
-            raise _refusal(path, str(cause)) from None
+        if isinstance(error.__cause__, pickle.UnpicklingError):
+            raise _refusal(path, str(error.__cause__)) from None
         raise
+    if end != file_size(path):
+        raise DamagedFileError(f"{path}: {file_size(path) - end} bytes follow the last tensor. Save it again")
+    return content
 
 
 def _refusal(path: Path, message: str) -> UnsafeFileError | DamagedFileError:
-    wanted = re.search(r"GLOBAL (\S+)", message) or re.search(r"unrecognized function (.+)", message)
-    if wanted is None:
-        return DamagedFileError(
-            f"{path}: not a pickle of tensors ({_reason(message)}). "
-            "It was cut off or damaged: download or save it again"
+    """What to say of a pickle that torch does not load."""
+    blocked = re.search(r"GLOBAL (\S+)", message) or re.search(r"unrecognized function (.+)", message)
+    wanted = [blocked[1]] if blocked else foreign_globals(_pickle_bytes(path))
+    if wanted:
+        return UnsafeFileError(
+            f"{path}: its pickle wants to call {wanted[0]}, so loading it could run code. Ask for a safetensors file, "
+            "or load it in a sandbox with torch.load(weights_only=False) and save its state dict again"
         )
-    return UnsafeFileError(
-        f"{path}: its pickle wants to call {wanted[1]}, so loading it could run code. Ask for a safetensors file, "
-        "or load it in a sandbox with torch.load(weights_only=False) and save its state dict again"
+    known = re.search(r"WeightsUnpickler error:\s*(.+)", message)
+    reason = (known[1] if known else message)[:200]
+    return DamagedFileError(
+        f"{path}: not a pickle that torch loads safely ({reason}). Is it damaged, or saved by other means than "
+        "torch.save with its default pickle_protocol? Save it again"
     )
 
 
-def _reason(message: str) -> str:
-    lines = [line for line in message.split("\n\n") if line and not line.startswith(("Weights only", "Check the"))]
-    return (lines or [message])[0].splitlines()[0][:200]
+def _pickle_bytes(path: Path) -> bytes:
+    if not zipfile.is_zipfile(path):
+        with path.open("rb") as file:
+            return file.read(MAX_HEADER_BYTES)
+    with zipfile.ZipFile(path) as archive:
+        return archive.read(_pickle_name(archive.namelist()))
 
 
-def _checked(path: Path, name: str, tensor: Tensor) -> Tensor:
+def _check_tensor(path: Path, name: str, tensor: Tensor) -> None:
     where = f"{path}: {name}"
     if tensor.layout is not torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
-        raise UnsupportedFeatureError(f"{where} is a {tensor.layout} tensor on {tensor.device}, expected a dense one")
+        raise UnsupportedFeatureError(
+            f"{where} is {tensor.dtype} in layout {tensor.layout} on device {tensor.device}; expected a dense tensor"
+        )
     if tensor.numel() * tensor.dtype.itemsize > file_size(path):
         raise UnsafeFileError(
             f"{where} claims shape {tuple(tensor.shape)}, which is more than the whole file of {file_size(path)} bytes"
         )
-    return tensor.detach().resolve_conj().resolve_neg()
 
 
 def _check_storages(path: Path, tensors: Mapping[str, Tensor], members: list[Member]) -> None:
@@ -166,49 +184,6 @@ def _check_storages(path: Path, tensors: Mapping[str, Tensor], members: list[Mem
         )
 
 
-class _Storage:
-    """Stands for a tensor's bytes in the pickle."""
-
-    def __init__(self, key: str, tensor: Tensor | Deferred) -> None:
-        self.key, self.dtype, self.nbytes = key, tensor.dtype, tensor.nbytes
-
-    @property
-    def persistent_id(self) -> tuple[str, type, str, str, int]:
-        storage_type = _STORAGES.get(self.dtype, torch.UntypedStorage)
-        unit = self.dtype.itemsize if self.dtype in _STORAGES else 1
-        return ("storage", storage_type, self.key, "cpu", self.nbytes // unit)
-
-
-class _Entry:
-    """Stands for a tensor in the pickle."""
-
-    def __init__(self, key: str, tensor: Tensor | Deferred) -> None:
-        self.storage = _Storage(key, tensor)
-        self.shape = (*tensor.shape,)  # a new object each time: pickle refers back to those that it has seen
-
-    def __reduce__(self) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:
-        strides, step = [], 1
-        for size in reversed(self.shape):
-            strides.append(step)
-            step *= max(size, 1)
-        arguments: tuple[Any, ...] = (self.storage, 0, self.shape, tuple(reversed(strides)), False, OrderedDict())
-        if self.storage.dtype in _STORAGES:
-            return torch._utils._rebuild_tensor_v2, arguments
-        return torch._utils._rebuild_tensor_v3, (*arguments, self.storage.dtype)
-
-
-class _Pickler(pickle.Pickler):
-    def persistent_id(self, obj: object) -> object:
-        return obj.persistent_id if isinstance(obj, _Storage) else None
-
-
-def _pickled(tensors: NamedTensors) -> bytes:
-    buffer = BytesIO()
-    entries = OrderedDict((name, _Entry(str(index), tensor)) for index, (name, tensor) in enumerate(tensors.items()))
-    _Pickler(buffer, protocol=2).dump(entries)
-    return buffer.getvalue()
-
-
 def write(
     path: Path, tensors: NamedTensors, metadata: Mapping[str, str], advance: Callable[[int], None] = lambda _: None
 ) -> None:
@@ -217,13 +192,15 @@ def write(
     A torch file has no header, so `metadata` is not written.
 
     Memory: one tensor
-    Raises: DestinationError
+    Raises: DestinationError; UnsupportedFeatureError for dtypes that cannot be stored
     """
-    for name in tensors:
+    for name, tensor in tensors.items():
         check_name(str(path), name)
+        if tensor.dtype not in DTYPES:
+            raise UnsupportedFeatureError(f"{path}: cannot store {name} in {tensor.dtype}; choose another dtype")
     folder = "archive"
     documents = {
-        f"{folder}/data.pkl": _pickled(tensors),
+        f"{folder}/data.pkl": dump(tensors),
         f"{folder}/byteorder": b"little",
         f"{folder}/version": b"3\n",
     }

@@ -4,6 +4,7 @@ Central directories are checked before anything is read: no member twice, none e
 none that grows beyond what the file's size allows.
 """
 
+import os
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +23,9 @@ _ALIGNMENT = 64
 _LOCAL_HEADER = 30
 _ZIP64_FIELD = 20
 _DATE = (1980, 1, 1, 0, 0, 0)
+_END_RECORD = 22
 _ENCRYPTED = 0x1
+_UTF8 = 0x800
 _PADDING_FIELD = b"FB"
 """The tag that torch gives to the field of the local header that pads it."""
 
@@ -37,44 +40,53 @@ class Member:
     stored: bool
 
 
-def read_directory(path: Path, *, compressed: bool) -> dict[str, Member]:
+def read_directory(path: Path) -> dict[str, Member]:
     """The members of a zip file by name, where they lie, in the order of the directory.
 
-    Raises: EmptyFileError, DamagedFileError; UnsafeFileError for encrypted members, compressed ones unless allowed, and
-            sizes beyond what the file can hold
+    Raises: EmptyFileError, DamagedFileError; UnsafeFileError for encrypted members and sizes that the file cannot hold
     """
     with parsing(path), zipfile.ZipFile(path) as archive, path.open("rb") as file:
-        infos = [info for info in archive.infolist() if not info.is_dir()]
+        infos = archive.infolist()
         check_count(str(path), len(infos))
         if not infos:
             raise EmptyFileError(f"{path}: a zip file without any member")
+        _check_ends(path, file, len(archive.comment))
         members: dict[str, Member] = {}
         for info in infos:
             if info.filename in members:
                 raise DamagedFileError(f"{path}: two members are named {info.filename}; which one is meant?")
-            _check_member(path, info, compressed)
+            _check_member(path, info)
             members[info.filename] = Member(
                 name=info.filename,
                 offset=_data_offset(path, file, info),
                 size=info.file_size,
                 stored=info.compress_type == zipfile.ZIP_STORED,
             )
-    _check_sizes(path, members, compressed)
-    return members
+    size = file_size(path)
+    check_growth(str(path), sum(member.size for member in members.values()), size)
+    stored = sum(member.size for member in members.values() if member.stored)
+    if stored > size:
+        raise UnsafeFileError(f"{path}: its members claim {stored} bytes, the file has {size}: they overlap")
+    return {name: member for name, member in members.items() if not name.endswith("/")}
 
 
-def _check_member(path: Path, info: zipfile.ZipInfo, compressed: bool) -> None:
+def _check_ends(path: Path, file: BinaryIO, comment: int) -> None:
+    """Nothing may stand before the first member or after the directory: zip readers differ in what they make of it."""
+    file.seek(-_END_RECORD - comment, os.SEEK_END)
+    if file.read(4) != EMPTY_MAGIC:
+        raise DamagedFileError(f"{path}: bytes follow the end of the zip file. Download or save it again")
+    file.seek(0)
+    if file.read(4) != MAGIC:
+        raise DamagedFileError(f"{path}: bytes stand before the beginning of the zip file. Download or save it again")
+
+
+def _check_member(path: Path, info: zipfile.ZipInfo) -> None:
     where = f"{path}: member {info.filename}"
     if info.flag_bits & _ENCRYPTED:
         raise UnsafeFileError(f"{where} is encrypted; unpack it and save it again without a password")
     if info.compress_type == zipfile.ZIP_STORED:
         if info.compress_size != info.file_size:
             raise DamagedFileError(f"{where} takes {info.compress_size} bytes and claims to hold {info.file_size}")
-    elif not compressed:
-        raise UnsafeFileError(
-            f"{where} is compressed, which torch never does: it may expand without bound. "
-            "If you trust it, unpack it and zip it again without compression (zip -0)"
-        )
     elif info.compress_type != zipfile.ZIP_DEFLATED:
         raise UnsafeFileError(f"{where} is compressed with method {info.compress_type}; expected stored or deflated")
 
@@ -85,20 +97,12 @@ def _data_offset(path: Path, file: BinaryIO, info: zipfile.ZipInfo) -> int:
     if len(header) < _LOCAL_HEADER or not header.startswith(MAGIC):
         raise DamagedFileError(f"{path}: member {info.filename} does not stand where the directory says")
     name_length, extra_length = int.from_bytes(header[26:28], "little"), int.from_bytes(header[28:30], "little")
-    if file.read(name_length) != info.orig_filename.encode("utf-8" if info.flag_bits & 0x800 else "cp437"):
+    if file.read(name_length) != info.orig_filename.encode("utf-8" if info.flag_bits & _UTF8 else "cp437"):
         raise DamagedFileError(f"{path}: member {info.filename} has another name in the directory than where it stands")
     offset = info.header_offset + _LOCAL_HEADER + name_length + extra_length
     if offset + info.compress_size > file_size(path):
         raise DamagedFileError(f"{path}: member {info.filename} reaches beyond the end of the file; it was cut off")
     return offset
-
-
-def _check_sizes(path: Path, members: dict[str, Member], compressed: bool) -> None:
-    total, size = sum(member.size for member in members.values()), file_size(path)
-    if compressed:
-        check_growth(str(path), total, size)
-    elif total > size:
-        raise UnsafeFileError(f"{path}: its members claim {total} bytes, the file has {size}: they overlap")
 
 
 class Writer:

@@ -36,7 +36,7 @@ class Rule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """What stands at a path: its rule and the index of its layer, None outside the layers and where they are scanned."""
+    """What stands at a path: its rule and its layer's index, None outside the layers and where they are scanned."""
 
     rule: Rule
     layer: int | None
@@ -74,7 +74,7 @@ class Naming:
                 return Place(rule=rule, layer=None)
         for start in range(len(path)):
             layer, rest = _layer_index(self.stem, path[start:])
-            if rest in self._rules and set(path[:start]) <= _LEADING:
+            if rest is not None and rest in self._rules and set(path[:start]) <= _LEADING:
                 return Place(rule=self._rules[rest], layer=layer)
         return None
 

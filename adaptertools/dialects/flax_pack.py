@@ -65,8 +65,8 @@ def pack(stack: Stack, encoder: Encoder, *, folds: bool) -> Packed:
     """Lay out one leaf pair.
 
     Parts with the same lora_A share it. Others are laid side by side: the rank becomes the sum of theirs, lora_b is
-    zero where a part meets the rank of another, and ΔW stays what it was. Layers and parts that the adapter lacks are zero.
-    Where the modules of a leaf disagree about the scaling, it is folded even if the dialect has one.
+    zero where a part meets the rank of another, and ΔW stays what it was. Layers and parts that the adapter lacks are
+    zero. Where the modules of a leaf disagree about the scaling, it is folded even if the dialect has one.
 
     Memory: the values of what is folded are read once, in chunks; one leaf when it is written
     Raises: ShapeError if the modules do not fit into one leaf; OptionError without head_dim where heads are split off

@@ -67,7 +67,7 @@ def read(source: Source, request: Request) -> Adapter:
     if found.dialect is Dialect.OPENPI:
         raise UnsupportedFeatureError(
             f"{found.file.label}: an openpi checkpoint. It has factors of their own for every head and scales "
-            "attention, but not the feed-forward layers, by an alpha that its configuration alone states: it is not read"
+            "attention, but not the feed-forward layers, by an alpha that only its configuration states: it is not read"
         )
     if sidecar is not None and request.alpha is not None:
         raise OptionError(f"{found.file.label}: its sidecar states alpha, so none is taken")

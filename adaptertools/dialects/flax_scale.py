@@ -48,9 +48,9 @@ def foreign_scale(source: Source, found: Found, alpha: float | None) -> Scale:
     saved = _from_checkpoint(found.file.metadata, found.file.label) or _from_config(source)
     if saved is None:
         raise MissingAlphaError(
-            f"{found.file.label}: the {found.dialect} dialect scales by alpha / rank and does not store alpha. "
-            "Give the alpha of the training run with --source-alpha (alpha=…); it stands in the LoraProvider or "
-            "LoraRule, in MaxText's lora_alpha, or in the module's code. Twice the rank and the rank itself are customary"
+            f"{found.file.label}: the {found.dialect} dialect scales by alpha / rank and does not store alpha. Give "
+            "that of the training run with --source-alpha (alpha=…); it stands in the LoraProvider or LoraRule, in "
+            "MaxText's lora_alpha, or in the module's code. The rank and twice the rank are customary"
         )
     return saved
 

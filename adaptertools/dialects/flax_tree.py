@@ -112,7 +112,7 @@ def is_optimizer(path: Path) -> bool:
 
 
 def certain(file: TensorFile) -> bool:
-    """Whether names like `x.lora_a` can only be from Flax: MLX writes the same names, with dots, and the same shapes."""
+    """Whether names like `x.lora_a` can only be Flax's: MLX writes the same names, with dots, and the same shapes."""
     return _separated(file) or file.container in _DOTTED_ONLY_IN_FLAX or file.metadata.get("format") == "flax"
 
 

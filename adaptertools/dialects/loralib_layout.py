@@ -97,7 +97,8 @@ def settle(
     layouts: dict[str, Layout] = {}
     guessed: list[str] = []
     for name, (lora_A, lora_B) in pairs.items():
-        sizes = (name, lora_B.shape[0], lora_A.shape[1], adapted_slots(name, lora_A, lora_B))
+        count = adapted_slots(name, lora_A, lora_B)
+        sizes = (name, lora_B.shape[0], lora_A.shape[1], count)
         shape = _weight_shape(name, weights, model)
         stated = options.for_layer(name) or recorded.get(name)
         if stated is not None:
@@ -115,7 +116,7 @@ def settle(
             layouts[name] = Layout(kind=Kind.EMBEDDING, transposed=True)
         else:
             layouts[name] = Layout()
-        _check_slots(name, layouts[name], sizes[-1])
+        _check_slots(name, layouts[name], count)
         if layouts[name] == Layout():  # a square weight: the model's type may still know
             layouts[name] = Layout(transposed=model.linear_is_transposed(name, sizes[1], sizes[2]))
     note = f"taken for embeddings by their names: {', '.join(guessed)}; the file does not say"

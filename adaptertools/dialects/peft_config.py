@@ -3,11 +3,11 @@
 Read in huggingface/peft 0.21.2 (`tuners/lora/config.py`, `utils/other.py`).
 """
 
-import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from adaptertools.adapter import Base
 from adaptertools.errors import ConfigError, MissingAlphaError, NotLoraError, OptionError, UnsupportedFeatureError
@@ -96,6 +96,43 @@ _CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 _KEEPS_BASE = ("gaussian", "eva", "orthogonal", "mica", "true", "false")
 
 
+@dataclass(frozen=True, slots=True)
+class Patterns:
+    """Regular expressions and their values, in the order of the file, of which the first that matches counts.
+
+    An expression matches the end of a path, from a dot on. Expressions that are one whole path, as they are written
+    here for single modules, are looked up by it: there may be one for every module.
+    """
+
+    exact: Mapping[str, tuple[int, Any]]
+    others: tuple[tuple[int, re.Pattern[str], Any], ...]
+
+    @classmethod
+    def parse(cls, raw: Mapping[str, Any], label: str, key: str) -> Self:
+        """Raises: ConfigError"""
+        stated = raw.get(key) or {}
+        if not isinstance(stated, Mapping):
+            raise ConfigError(f"{label}: {key} is {stated!r:.80}, expected an object of patterns and numbers")
+        exact, others = {}, []
+        for order, (pattern, value) in enumerate(stated.items()):
+            path = re.sub(r"\\(.)", r"\1", pattern[1:-1])
+            if pattern == anchored(path):
+                exact[path] = (order, value)
+            else:
+                others.append((order, _compile(rf"(.*\.)?({pattern})$", label, key), value))
+        return cls(exact, tuple(others))
+
+    def value(self, path: str, default: Any) -> Any:
+        """The value for a module, or `default` where nothing matches."""
+        order, value = self.exact.get(path, (sys.maxsize, default))
+        return next((other for at, pattern, other in self.others if at < order and pattern.match(path)), value)
+
+
+def anchored(path: str) -> str:
+    """The expression that matches this path alone."""
+    return f"^{re.escape(path)}$"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeftConfig:
     """The checked values of one configuration; `stated` is False where there was no file."""
@@ -104,8 +141,8 @@ class PeftConfig:
     label: str
     stated: bool
     alpha: float | None
-    rank_pattern: Mapping[str, Any]
-    alpha_pattern: Mapping[str, Any]
+    rank_pattern: Patterns
+    alpha_pattern: Patterns
     scale_rule: ScaleRule
     base: Base
     notes: list[str] = field(default_factory=list)
@@ -151,15 +188,15 @@ class PeftConfig:
         """Whether target_modules names the module; PEFT's rule for lists and for regular expressions."""
         wanted = self.raw.get("target_modules")
         if isinstance(wanted, str):
-            return _search(rf"(?:{wanted})\Z", path, self.label, "target_modules") is not None
-        return any(path == name or path.endswith(f".{name}") for name in wanted or ())
+            return _compile(wanted, self.label, "target_modules").fullmatch(path) is not None
+        return any(path == name or path.endswith(f".{name}") for name in self.names("target_modules"))
 
     def rank_of(self, path: str) -> int | None:
         """The rank that the configuration claims for a module; the tensors have the last word.
 
         Raises: ConfigError
         """
-        rank = _lookup(self.rank_pattern, path, self.label, "rank_pattern", self.raw.get("r"))
+        rank = self.rank_pattern.value(path, self.raw.get("r"))
         if rank is not None and (type(rank) is not int or rank < 1):
             raise ConfigError(f"{self.label}: the rank of {path} is {rank!r}, expected a whole number from 1 on")
         return rank
@@ -169,7 +206,7 @@ class PeftConfig:
 
         Raises: MissingAlphaError, ConfigError
         """
-        alpha = _lookup(self.alpha_pattern, path, self.label, "alpha_pattern", self.alpha)
+        alpha = self.alpha_pattern.value(path, self.alpha)
         if alpha is None:
             raise MissingAlphaError(
                 f"{self.label}: no lora_alpha, and the tensors cannot tell it. Give it with --source-alpha; "
@@ -196,8 +233,8 @@ def parse(document: Mapping[str, Any] | None, label: str, alpha: float | None) -
         label=label,
         stated=document is not None,
         alpha=_settle_alpha(raw, label, alpha, notes),
-        rank_pattern=_pattern(raw, label, "rank_pattern"),
-        alpha_pattern=_pattern(raw, label, "alpha_pattern"),
+        rank_pattern=Patterns.parse(raw, label, "rank_pattern"),
+        alpha_pattern=Patterns.parse(raw, label, "alpha_pattern"),
         scale_rule=ScaleRule.ALPHA_OVER_SQRT_RANK if raw.get("use_rslora") else ScaleRule.ALPHA_OVER_RANK,
         base=_base(raw, label, notes),
         notes=notes,
@@ -251,7 +288,7 @@ def _settle_alpha(raw: Mapping[str, Any], label: str, given: float | None, notes
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def _number(value: Any, where: str) -> float:
@@ -262,25 +299,10 @@ def _number(value: Any, where: str) -> float:
     return float(value)
 
 
-def _pattern(raw: Mapping[str, Any], label: str, key: str) -> Mapping[str, Any]:
-    pattern = raw.get(key) or {}
-    if not isinstance(pattern, Mapping):
-        raise ConfigError(f"{label}: {key} is {pattern!r:.80}, expected an object of patterns and numbers")
-    return pattern
-
-
-def _lookup(patterns: Mapping[str, Any], path: str, label: str, key: str, default: Any) -> Any:
-    """The value of the first pattern, in the order of the file, that matches the end of the path."""
-    for pattern, value in patterns.items():
-        if _search(rf"(.*\.)?({pattern})$", path, label, key) is not None:
-            return value
-    return default
-
-
-def _search(expression: str, path: str, label: str, key: str) -> re.Match[str] | None:
+def _compile(expression: str, label: str, key: str) -> re.Pattern[str]:
     try:
-        return re.match(expression, path)
-    except re.error as error:
+        return re.compile(expression)
+    except (re.error, RecursionError, OverflowError) as error:
         raise ConfigError(f"{label}: {key} holds {expression!r:.80}, no regular expression: {error}") from None
 
 

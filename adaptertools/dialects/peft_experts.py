@@ -55,6 +55,8 @@ def parameter_groups(groups: Sequence[Group], config: PeftConfig, base: BaseMode
     Raises: ConfigError, UnsupportedFeatureError where that cannot be told
     """
     wanted = config.names("target_parameters")
+    if not wanted:
+        return {}
     nested: dict[str, list[Group]] = {}
     for group in groups:
         if not config.targets(group.module_path):

@@ -83,12 +83,13 @@ def weight_files(source: Source) -> list[tuple[str, ...]]:
     return found
 
 
-def differences(source: Source) -> tuple[str, ...]:
-    """The tensors in which the variants of the weights differ, where a folder holds more than one.
+def differences(source: Source, adapter_name: str | None = None) -> tuple[str, ...]:
+    """The tensors in which the variants of the weights (.safetensors and .bin) differ, where there are several.
 
-    Memory: both files
+    Memory: what the containers map of both
     """
-    variants = [_read_files(source, files)[0] for files in weight_files(source)]
+    home, _, _ = _settle_folder(source, adapter_name)
+    variants = [_read_files(home, files)[0] for files in weight_files(home)]
     found: dict[str, None] = {}
     for other in variants[1:]:
         for name in (*variants[0], *other):

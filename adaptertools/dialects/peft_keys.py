@@ -179,7 +179,7 @@ def _sort_plain(contents: Contents, name: str, tensor: Tensor, own: set[str], ot
         if adapter in others:
             _skip(contents, f"tensors of adapter {adapter!r}", name)
             return
-        del parts[index : index + 1 + (adapter in own)]
+        del parts[index : index + (2 if adapter and adapter in own else 1)]
         _put(contents.saved, ".".join(parts), tensor, name, label)
     elif "token_adapter" in parts:
         parts.remove("token_adapter")

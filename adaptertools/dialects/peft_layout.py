@@ -30,7 +30,7 @@ class Layout:
     """All layers of an adapter in their places. `wrappers` counts the wrappers around the children of a module."""
 
     places: list[Place] = field(default_factory=list)
-    target_modules: list[str] = field(default_factory=list)
+    target_modules: dict[str, None] = field(default_factory=dict)
     target_parameters: list[str] = field(default_factory=list)
     wrappers: dict[str, int] = field(default_factory=dict)
     hidden: set[str] = field(default_factory=set)
@@ -85,7 +85,7 @@ def arrange(layers: Sequence[Layer], orders: Sequence[Sequence[str]], weights: S
     for layer in layers:
         if id(layer) not in placed and leaf(layer.parameter) != IN_PROJ:
             layout.places.append(Place(layer, layer.parameter, layer.parameter))
-            layout.target_modules.append(layer.parameter)
+            layout.target_modules[layer.parameter] = None
     clash = sorted(set(bare) & set(layout.target_modules))
     if clash:
         raise UnsupportedFeatureError(f"{clash[0]}: PEFT cannot adapt a module and a parameter of the same module")
@@ -106,7 +106,7 @@ def _place_attention(layout: Layout, path: str, in_proj: Layer, out_proj: Layer)
         inner = replace(inner, scaling=scaling, alpha=None)
     layout.places.append(Place(inner, path, path, factor=factors[0]))
     layout.places.append(Place(outer, f"{path}.out_proj", path, factor=factors[1]))
-    layout.target_modules.append(path)
+    layout.target_modules[path] = None
     layout.wrappers[path] = 1
     layout.hidden.add(f"{path}.out_proj")
 

@@ -17,6 +17,9 @@ from adaptertools.module import Kind, LoraModule, RowSlice, ScaleRule, Target
 OUT_PROJ = ".base_layer.out_proj"
 """Where the second pair of an `nn.MultiheadAttention` stands, behind the path of the first."""
 
+_MOST_INPUTS = 1 << 24
+"""More than any layer has; groups are not expanded beyond."""
+
 
 @dataclass(frozen=True, slots=True)
 class Reading:
@@ -161,9 +164,9 @@ def _expand(path: str, lora_A: Tensor, lora_B: Tensor, alpha: float, reading: Re
         if not isinstance(blocks, dict) or type(blocks.get("nblocks", 1)) is not int or blocks.get("nblocks", 1) < 1:
             raise ConfigError(f"{config.label}: use_bdlora is {blocks!r:.80}, expected target modules and nblocks")
         count = blocks.get("nblocks", 1)
-        if any(part in path for part in blocks.get("target_modules_bd_a") or ()):
+        if any(str(part) in path for part in blocks.get("target_modules_bd_a") or ()):
             lora_A = _block_diagonal(lora_A, count, path)
-        elif any(part in path for part in blocks.get("target_modules_bd_b") or ()):
+        elif any(str(part) in path for part in blocks.get("target_modules_bd_b") or ()):
             lora_B = _block_diagonal(lora_B, count, path)
         reading.note(f"{config.label}: use_bdlora; its blocks are read as whole factors")
     if config.flag("use_qalora"):
@@ -187,6 +190,8 @@ def _expand_pooled(
     if type(size) is not int or size < 1:
         raise ConfigError(f"{config.label}: qalora_group_size is {size!r}, expected a whole number from 1 on")
     found, pooled = reading.base.shape(path), lora_A.shape[-1]
+    if pooled * size > _MOST_INPUTS:
+        raise ConfigError(f"{config.label}: qalora_group_size {size} makes {pooled * size} inputs of {path}")
     if found is not None and pooled in found and pooled * size not in found:
         return lora_A, lora_B, alpha  # PEFT pools the inputs of GPTQ layers alone
     reading.note(f"{config.label}: use_qalora; lora_A is read with one column for each input")

@@ -103,6 +103,8 @@ def _role(stored: str, name: str, plain: Mapping[str, Tensor], config: PeftConfi
         return WeightRole.MODULE
     if leaf(name) == "bias" and config.raw.get("bias") in ("all", "lora_only"):
         return WeightRole.BIAS
+    if config.saved_modules and config.flag("ensure_weight_tying"):
+        return WeightRole.MODULE  # the other end of a tied weight, stored again
     if not config.stated:
         lone = leaf(name) == "bias" and f"{parent(name)}.weight" not in plain
         return WeightRole.BIAS if lone else WeightRole.MODULE

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from adaptertools.adapter import Adapter, WeightRole
-from adaptertools.dialects.peft_config import DEFAULTS
+from adaptertools.dialects.peft_config import DEFAULTS, anchored
 from adaptertools.dialects.peft_factors import settle_alpha
 from adaptertools.dialects.peft_keys import MAGNITUDE, PREFIX, TOKENS
 from adaptertools.dialects.peft_layout import Layout
@@ -133,7 +133,8 @@ def build_config(
     config |= {key: carried[key] for key in ("auto_mapping", "task_type") if key in carried}
     config |= {key: carried[key] for key in ("lora_dropout", "megatron_config", "megatron_core") if key in carried}
     config |= _scales(layout, rule, encoder)
-    base = next(iter(adapter.bases.values()), None)
+    component = adapter.modules[0].target.component
+    base = adapter.bases.get(component) or adapter.bases.get("")
     if base is not None:
         config |= {"base_model_name_or_path": base.id, "revision": base.revision}
         config |= _change(base.change, carried)
@@ -175,14 +176,10 @@ def _scales(layout: Layout, rule: ScaleRule, encoder: Encoder) -> dict[str, Any]
     return {
         "r": rank,
         "lora_alpha": _plain(alpha),
-        "rank_pattern": {_anchored(path): value for path, value in ranks.items() if value != rank},
-        "alpha_pattern": {_anchored(path): _plain(value) for path, value in alphas.items() if value != alpha},
+        "rank_pattern": {anchored(path): value for path, value in ranks.items() if value != rank},
+        "alpha_pattern": {anchored(path): _plain(value) for path, value in alphas.items() if value != alpha},
         "use_rslora": rule is ScaleRule.ALPHA_OVER_SQRT_RANK,
     }
-
-
-def _anchored(path: str) -> str:
-    return f"^{re.escape(path)}$"
 
 
 def _plain(alpha: float) -> int | float:

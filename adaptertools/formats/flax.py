@@ -4,10 +4,10 @@
     flax_adapter.msgpack | .npz | .safetensors | .orbax/    the tree
     flax_adapter.json                                       the sidecar, see dialects/flax_sidecar.py
 
-Scaling: nnx.LoRA computes x @ lora_a @ lora_b and has no scale, so ours is folded into lora_b. The sidecar keeps alpha,
-rank and rule; where dividing by the scale gives lora_B back bit for bit (powers of two, and narrow dtypes, whose fold is
-kept in float32), reading does so. Elsewhere the factors stay as they are stored, with scaling 1: ΔW then differs from the
-original by the error that was reported, and by nothing more.
+Scaling: nnx.LoRA computes x @ lora_a @ lora_b and has no scale, so ours is folded into lora_b. The sidecar keeps
+alpha, rank and rule; where dividing by the scale gives lora_B back bit for bit (powers of two, and narrow dtypes, whose
+fold is kept in float32), reading does so. Elsewhere the factors stay as they are stored, with scaling 1: ΔW then
+differs from the original by the error that was reported, and by nothing more.
 Read, not written: plain Linen modules (lora_A, lora_B beside a kernel), with alpha from the caller. Recognised and
 refused: openpi, DoRA magnitudes, mixtures of experts.
 Source: flax/nnx/nn/lora.py and flax/serialization.py in flax 0.12.8

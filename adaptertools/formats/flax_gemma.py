@@ -86,8 +86,8 @@ def write(
 
     `naming=gemma` gives the library's own paths and needs `head_dim`; hf keeps each module a dense layer under its own
     name. `layer_prefix` as for `read`. `fuse_qkv` says whether the model fuses q with k and v, else told by their
-    sizes. With `scan_axis` the layers are stacked along that axis, `num_layers` of them where the adapter does not reach
-    the last.
+    sizes. With `scan_axis` the layers are stacked along that axis, `num_layers` of them where the adapter does not
+    reach the last.
 
     Raises: UnsupportedFeatureError for names that the naming has no place for; ShapeError if modules do not fit one
             leaf; OptionError without `head_dim` where it is needed

@@ -121,9 +121,10 @@ def read(
     model = BaseModel(base)
     recorded = {name: said.layout for name, said in record.layers.items()}
     layouts, layout_notes = settle(keys.pairs, keys.weights, options, recorded, model)
-    modules, alpha_notes = _modules(file.label, keys.pairs, layouts, record, alpha)
     weights = _plain_names(keys.weights, layouts)
-    full_weights, weight_notes = _full_weights(file.label, weights, modules, record, own_weights)
+    own = _own_weights(file.label, weights, layouts, record, own_weights)
+    modules, alpha_notes = _modules(file.label, keys.pairs, layouts, record, alpha)
+    full_weights, weight_notes = _full_weights(weights, own, modules, record, own_weights)
     return Adapter(
         modules=tuple(module for group in modules.values() for module in group),
         full_weights=full_weights,
@@ -185,15 +186,15 @@ def _plain_names(weights: Mapping[str, Tensor], layouts: Mapping[str, Layout]) -
     return named
 
 
-def _full_weights(
+def _own_weights(
     label: str,
     weights: Mapping[str, Tensor],
-    modules: Mapping[str, tuple[LoraModule, ...]],
+    layouts: Mapping[str, Layout],
     record: Record,
     own_weights: OwnWeights | None,
-) -> tuple[dict[str, FullWeight], list[str]]:
-    """What rides along, and what becomes of the weights of adapted layers."""
-    own = [name for name in weights if name.removesuffix(".weight") in modules and name not in record.weights]
+) -> list[str]:
+    """The weights of adapted layers that no sidecar explains."""
+    own = [name for name in weights if name.removesuffix(".weight") in layouts and name not in record.weights]
     if own and own_weights is None:
         raise ConfigError(
             f"{label}: {own[0]} stands beside its lora_A{f', and {len(own) - 1} more' if len(own) > 1 else ''}. "
@@ -201,6 +202,17 @@ def _full_weights(
             "was saved. Say own_weights=drop to leave these weights to the base model, own_weights=unmerged to keep "
             "them as base weights, or own_weights=merged to keep them less ΔW (--in own_weights=…)"
         )
+    return own
+
+
+def _full_weights(
+    weights: Mapping[str, Tensor],
+    own: list[str],
+    modules: Mapping[str, tuple[LoraModule, ...]],
+    record: Record,
+    own_weights: OwnWeights | None,
+) -> tuple[dict[str, FullWeight], list[str]]:
+    """What rides along, and what becomes of the weights of adapted layers."""
     full: dict[str, FullWeight] = {}
     for name, tensor in weights.items():
         if name not in own:

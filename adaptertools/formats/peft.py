@@ -65,6 +65,8 @@ CONFIG = peft_config.FILE
 FILES = peft_files.PATTERNS
 CARRIES = frozenset(Feature)
 
+_READ_FROM = ("safetensors", "torch", "memory")
+
 
 def detect(source: Source) -> bool:
     if source.is_folder:
@@ -76,7 +78,7 @@ def detect(source: Source) -> bool:
     if names and names[0].startswith(f"{peft_files.STEM}.") and peft_files.is_adapter_folder(source):
         return True
     return any(
-        source.container(name) is not None and any(peft_keys.is_peft_key(key) for key in source.tensors(name).tensors)
+        source.container(name) in _READ_FROM and any(peft_keys.is_peft_key(key) for key in source.tensors(name).tensors)
         for name in names[:1]
     )
 
@@ -143,7 +145,7 @@ def _settle_dora(contents: Contents, config: PeftConfig, wanted: bool | None) ->
     if wanted is None and present and not stated:
         raise ConfigError(
             f"{config.label}: use_dora is false, but the file has magnitudes, which PEFT then ignores without a word. "
-            "Read it with dora=true if it was trained with DoRA, with dora=false to do as PEFT does"
+            "Read it with dora=true (--in dora=true) if it was trained with DoRA, with dora=false to do as PEFT does"
         )
     use = stated if wanted is None else wanted
     if present and not use:
