@@ -201,6 +201,20 @@ def detect(path: str | Path) -> str:
     return formats.detect(Source(Path(path)))
 
 
+def oddities(path: str | Path, *, format: str, **options: Any) -> tuple[str, ...]:
+    """What is odd about the files of an adapter and shows only in values: two copies of the weights that differ.
+
+    Memory: none; the values of the files are read
+    Raises: AdapterToolsError
+    """
+    look = getattr(formats.get(format), "oddities", None)
+    if look is None:
+        return ()
+    known = option_types(look, ())
+    found: tuple[str, ...] = look(Source(Path(path)), **{key: options[key] for key in options if key in known})
+    return found
+
+
 def read_options(format: str) -> dict[str, inspect.Parameter]:
     """The options of a format's reader that are its own: `alpha`, `slots` and `base` are those of every reader."""
     return option_types(formats.get(format).read, ("alpha", "slots", "base"))

@@ -263,10 +263,10 @@ class LoraModule:
         A slice of a fused projection gives the whole fused weight, zero outside its rows. DoRA depends on the base
         weight: ΔW = m · V/‖V‖ − W with V = W + s·B·A.
 
-        Memory: one weight in float32 (float64 where asked for); two for DoRA
+        Memory: one weight in float32 (float64 where asked for or stored); two for DoRA
         Raises: UnsupportedFeatureError for DoRA without `base_weight`
         """
-        compute = torch.float64 if dtype is torch.float64 else torch.float32
+        compute = torch.float64 if torch.float64 in (dtype, self.lora_A.dtype, self.lora_B.dtype) else torch.float32
         lora_A, lora_B = (factor.to(device=device, dtype=compute) for factor in (self.lora_A, self.lora_B))
         delta = (lora_B @ lora_A) * self.scaling
         if self.magnitude is not None:

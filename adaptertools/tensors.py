@@ -45,7 +45,12 @@ NamedTensors = Mapping[str, Tensor | Deferred]
 
 def materialize(tensor: Tensor | Deferred) -> Tensor:
     """The tensor itself, computed now if it was deferred."""
-    return tensor.compute() if isinstance(tensor, Deferred) else tensor
+    if not isinstance(tensor, Deferred):
+        return tensor
+    computed = tensor.compute()
+    promised, found = (tensor.shape, tensor.dtype), (tuple(computed.shape), computed.dtype)
+    assert promised == found, f"a tensor of {promised} was promised, {found} was computed"
+    return computed
 
 
 def dtype_name(dtype: torch.dtype) -> str:

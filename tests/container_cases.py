@@ -167,3 +167,8 @@ def damage(draw: st.DrawFn, content: bytes) -> bytes:
             case "repeat":
                 data[at:at] = data[at : at + 200]
     return bytes(data)
+
+
+def binary_documents() -> st.SearchStrategy[bytes]:
+    """Bytes that begin like a msgpack map of names."""
+    return st.binary(max_size=200).map(lambda tail: b"\x81\xa1x" + tail)

@@ -152,6 +152,11 @@ CASES: dict[str, tuple[Model, dict[str, Any]]] = {
         ATTENTION,
         {"target_modules": ["attn", "lin"], "r": 2, "rank_pattern": {"attn": 3}, "alpha_pattern": {"attn": 7}},
     ),
+    "attention_bias": (ATTENTION, {"target_modules": ["attn"], "r": 2, "bias": "all"}),
+    "attention_parameter": (
+        ATTENTION,
+        {"target_modules": ["out_proj", "lin"], "target_parameters": ["attn.in_proj_weight"], "r": 2},
+    ),
     "llama": (LLAMA, {"target_modules": LLAMA_LAYERS, "r": 4, "lora_alpha": 8, "task_type": CAUSAL}),
     "llama_patterns": (
         LLAMA,
@@ -188,6 +193,13 @@ CASES: dict[str, tuple[Model, dict[str, Any]]] = {
         LLAMA,
         {"target_modules": ["q_proj", "v_proj"], "r": 2, "alora_invocation_tokens": [3, 4], "task_type": CAUSAL},
     ),
+    "velora": (LLAMA, {"target_modules": ["q_proj", "v_proj"], "r": 2, "velora_config": {"num_groups": 2}}),
+    "monteclora": (
+        LLAMA,
+        {"target_modules": ["q_proj"], "r": 2, "monteclora_config": {"num_samples": 2}},
+    ),
+    "mica": (LLAMA, {"target_modules": ["q_proj", "v_proj"], "r": 2, "init_lora_weights": "mica"}),
+    "orthogonal": (LLAMA, {"target_modules": ["q_proj", "v_proj"], "r": 2, "init_lora_weights": "orthogonal"}),
     "bdlora": (
         LLAMA,
         {

@@ -158,26 +158,35 @@ def test_a_reader_that_goes_away_is_no_error_to_talk_about() -> None:
     program.wait()
 
 
+_WAITS = """
+import sys, time
+from adaptertools import containers
+from adaptertools.cli import main
+
+def wait(path):
+    print("reading", flush=True)
+    time.sleep(60)
+
+containers.identify = wait
+sys.argv[0] = "adaptertools"
+main()
+"""
+"""The program, waiting inside the command, so that the signal surely arrives there."""
+
+
 def test_ctrl_c_ends_the_program_with_130(tmp_path: Path) -> None:
-    fifo = tmp_path / "never.bin"
-    os.mkfifo(fifo)  # who reads it waits, so that the signal surely arrives inside the command
-    program = subprocess.Popen([sys.executable, "-m", "adaptertools", "inspect", str(fifo)], stderr=subprocess.PIPE)
-    writer = when_somebody_reads(fifo, program)
-    program.send_signal(signal.SIGINT)
-    _, said = program.communicate(timeout=60)
-    os.close(writer)
+    (tmp_path / "x.bin").touch()
+    with subprocess.Popen(
+        [sys.executable, "-c", _WAITS, "inspect", str(tmp_path / "x.bin")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as program:
+        assert program.stdout is not None
+        assert program.stdout.readline() == b"reading\n"
+        program.send_signal(signal.SIGINT)
+        _, said = program.communicate(timeout=60)
     assert program.returncode == 130
     assert said == b"Error: interrupted\n"
-
-
-def when_somebody_reads(fifo: Path, program: subprocess.Popen[bytes]) -> int:
-    """Open the writing end as soon as the program has opened the reading one."""
-    while True:
-        try:
-            return os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
-        except OSError:
-            assert program.poll() is None, program.communicate()[1].decode()
-            time.sleep(0.05)
 
 
 @pytest.mark.slow

@@ -90,7 +90,7 @@ def test_alpha_may_be_given_for_a_file_without_one(plain: Adapter, tmp_path: Pat
     for sidecar in tmp_path.glob("lora.pt?*"):
         sidecar.unlink()
     assert run("inspect", tmp_path / "lora.pt").code == 1
-    assert run("inspect", tmp_path / "lora.pt", "--alpha", "8", "--json").json["alphas"] == {"8": 4}
+    assert run("inspect", tmp_path / "lora.pt", "--source-alpha", "8", "--json").json["alphas"] == {"8": 4}
 
 
 def test_a_large_adapter_is_looked_at_by_its_headers_alone(
@@ -114,3 +114,21 @@ def test_quiet_prints_nothing_and_still_fails_for_a_bad_file(
     ran = run("inspect", tmp_path / "bad.safetensors", "-q")
     assert (ran.code, ran.out) == (1, "")
     assert ran.err.startswith("Error: ")
+
+
+def test_weights_that_stand_there_twice_are_compared(
+    plain: Adapter, peft_folder: Path, tmp_path: Path, run: Callable[..., Any]
+) -> None:
+    def odd() -> str:
+        return " ".join(run("inspect", peft_folder, "--json").json["oddities"])
+
+    assert "adapter_model.bin" not in odd()
+    adaptertools.write(plain, tmp_path / "same", format="peft", container="torch")
+    (tmp_path / "same" / "adapter_model.bin").rename(peft_folder / "adapter_model.bin")
+    assert "adapter_model.safetensors and adapter_model.bin hold the same tensors, bit by bit" in odd()
+    doubled = plain.map_modules(lambda module: replace(module, lora_B=module.lora_B * 2))
+    adaptertools.write(doubled, tmp_path / "other", format="peft", container="torch")
+    (tmp_path / "other" / "adapter_model.bin").rename(peft_folder / "adapter_model.bin")
+    assert "adapter_model.safetensors and adapter_model.bin differ in 4 tensors" in odd()
+    (peft_folder / "adapter_model.bin").write_bytes(b"PK but no zip file")
+    assert "cannot be compared" in odd()

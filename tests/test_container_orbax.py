@@ -162,9 +162,11 @@ def test_scalars_and_texts_become_metadata_and_nothing_is_lost(tmp_path: Path) -
     path = tmp_path / "checkpoint"
     with ocp.PyTreeCheckpointer() as checkpointer:
         tree = {"w": np.ones(2, np.float32), "step": 3, "lr": 0.5, "name": "x", "none": None, "empty": {}}
-        checkpointer.save(path, tree | {"list": [np.zeros(1, np.float32), np.ones(1, np.float32)], 7: np.ones(3)})
+        checkpointer.save(
+            path, tree | {"list": [np.zeros(1, np.float32), np.ones(1, np.float32)], "layers": {7: np.ones(3)}}
+        )
     read = containers.read(path)
-    assert set(read.tensors) == {"w", "list/0", "list/1", "7"}
+    assert set(read.tensors) == {"w", "list/0", "list/1", "layers/7"}
     assert read.metadata == {"step": "3", "lr": "0.5", "name": "x"}
 
 

@@ -16,7 +16,7 @@ from torch import nn
 
 import adaptertools
 from adaptertools.adapter import Adapter, LoraModule, Target
-from adaptertools.errors import MissingAlphaError, OptionError, ShapeError
+from adaptertools.errors import MissingAlphaError, ShapeError
 
 pytestmark = [  # qwix 0.1.8 calls what flax 0.12 has deprecated
     pytest.mark.filterwarnings("ignore:'VariableState' was removed:DeprecationWarning"),
@@ -371,7 +371,7 @@ def test_a_stack_whose_axis_shapes_do_not_tell_asks_for_it(tmp_path: Path) -> No
     assert_identical(adapter, adaptertools.read(folder))
     bare = tmp_path / "bare.msgpack"
     bare.write_bytes((folder / "flax_adapter.msgpack").read_bytes())
-    with pytest.raises(OptionError, match="scan_axis"):
+    with pytest.raises(ShapeError, match="scan_axis"):
         adaptertools.read(bare, alpha=2)
     assert_identical(adapter, adaptertools.read(bare, alpha=2, scan_axis=1))
     with pytest.raises(ShapeError):

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 import adaptertools
 from adaptertools import formats
@@ -26,6 +28,7 @@ from adaptertools.adapter import (
 )
 from adaptertools.containers.source import Source
 from adaptertools.errors import (
+    AdapterToolsError,
     AmbiguousFormatError,
     ConfigError,
     DuplicateTargetError,
@@ -140,7 +143,7 @@ def test_alpha_must_be_a_number(alpha: float) -> None:
 
 def test_slots_are_asked_for_by_name_and_number(tmp_path: Path) -> None:
     path, options, _ = case("gpt2_wrapped")
-    with pytest.raises(ConfigError, match=r"transformer\.h\.0\.attn\.c_attn: 2 slots .*c_attn=TT.*gpt2"):
+    with pytest.raises(ConfigError, match=r"transformer\.h\.0\.attn\.c_attn: 2 slots .*c_attn=TFT.*gpt2"):
         adaptertools.read(path, alpha=options["alpha"])
 
 
@@ -276,6 +279,7 @@ def test_factors_of_other_libraries_are_refused_not_kept(tmp_path: Path) -> None
         ("LitGPT", "transformer.h.0.attn.qkv"),
         ("minLoRA", "x.parametrizations.weight.0"),
         ("AdapterHub", "x.query.loras.task"),
+        ("OpenDelta", "x.query.lora"),
     ],
 )
 def test_relatives_are_not_claimed_and_refused_by_name(library: str, name: str, tmp_path: Path) -> None:
@@ -335,8 +339,6 @@ def test_the_weights_of_adapted_layers_can_be_left_to_the_base_model() -> None:
 
 
 def base_model(folder: Path, shapes: dict[str, tuple[int, ...]], config: dict[str, Any] | None = None) -> Path:
-    from safetensors.torch import save_file
-
     folder.mkdir()
     save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config or {}))
@@ -469,7 +471,7 @@ def test_several_alphas_are_folded_and_alpha_becomes_each_layers_r(tmp_path: Pat
     report = adaptertools.write(adapter, tmp_path / "out.pt", format="loralib")
     assert not report.exact
     assert 0 < report.max_relative_error < 1e-7
-    assert any("equal to its r (r=2, lora_alpha=2, r=3, lora_alpha=3)" in note for note in report.notes)
+    assert any("equal to its r (2 at r=2, 3 at r=3)" in note for note in report.notes)
     written = torch.load(tmp_path / "out.pt", weights_only=True)
     assert torch.equal(written["a.lora_B"], adapter.modules[0].lora_B)
     folded = (adapter.modules[1].lora_B.double() * (5 / 3)).float()
@@ -633,6 +635,33 @@ def test_base_history_and_metadata_survive(tmp_path: Path) -> None:
         assert [entry.operation for entry in again.history] == ["rescale"]
 
 
+def test_a_sidecar_that_describes_what_is_not_there_is_refused() -> None:
+    tensors, config = Adapter(modules=(linear("a"), linear("b"))).to_state_dict(format="loralib")
+    only_a = {key: tensor for key, tensor in tensors.items() if key.startswith("a")}
+    with pytest.raises(ConfigError, match="describes b"):
+        adaptertools.from_state_dict(only_a, config, format="loralib")
+
+
+def test_both_names_that_newer_loralib_gives_a_convolution_are_one(tmp_path: Path) -> None:
+    path, options, _ = case("every_layer_bias_all")
+    tensors = torch.load(path, weights_only=True)
+    twice = save(tmp_path / "twice.pt", tensors | {"conv.bias": tensors["conv.conv.bias"].clone()})
+    assert (
+        adaptertools.read(twice, **options).full_weights.keys()
+        == adaptertools.read(path, **options).full_weights.keys()
+    )
+    other = save(tmp_path / "other.pt", tensors | {"conv.bias": tensors["conv.conv.bias"] + 1})
+    with pytest.raises(DuplicateTargetError, match=r"conv\.bias stands twice"):
+        adaptertools.read(other, **options)
+
+
+def test_a_safetensors_file_of_flax_is_not_claimed(tmp_path: Path) -> None:
+    save_file(pair("x"), tmp_path / "x.safetensors", metadata={"format": "flax"})
+    assert not formats.get("loralib").detect(Source(tmp_path / "x.safetensors"))
+    save_file(pair("x"), tmp_path / "y.safetensors", metadata={"format": "pt"})
+    assert formats.get("loralib").detect(Source(tmp_path / "y.safetensors"))
+
+
 def test_in_memory_tensors_may_come_with_alpha_alone() -> None:
     adapter = adaptertools.from_state_dict(pair("x.q"), {"lora_alpha": 8}, format="loralib")
     assert adapter.modules[0].scaling == 4.0
@@ -686,3 +715,40 @@ def test_the_file_is_found_in_a_folder_with_other_things(tmp_path: Path) -> None
     (tmp_path / "notes.txt").write_text("")
     torch.save({"x.weight": torch.ones(2)}, tmp_path / "head.pt")
     assert len(adaptertools.read(tmp_path, alpha=16).modules) == 6
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_damaged_bytes_raise_errors_of_ours_alone(data: st.DataObject, tmp_path: Path) -> None:
+    path, options, _ = case("every_layer_bias_all")
+    content = bytearray(path.read_bytes())
+    if data.draw(st.booleans()):
+        content = content[: data.draw(st.integers(0, len(content)))]
+    for _ in range(data.draw(st.integers(0, 4)) if content else 0):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    (tmp_path / "damaged.pt").write_bytes(content)
+    try:
+        adapter = adaptertools.read(tmp_path / "damaged.pt", **options)
+    except AdapterToolsError:
+        return
+    assert adapter.modules
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_damaged_sidecar_raises_errors_of_ours_alone(data: st.DataObject, tmp_path: Path) -> None:
+    adapter = Adapter(modules=(linear(), slot(0, 4, 8)), bases={"": Base(id="x")})
+    adaptertools.write(adapter, tmp_path / "out.pt", format="loralib", overwrite=(tmp_path / "out.pt").exists())
+    sidecar = tmp_path / "out.pt.adaptertools.json"
+    document = json.loads(sidecar.read_text())
+    values = st.one_of(st.none(), st.booleans(), st.integers(), st.text(), st.just([]), st.just({}), st.just([1, 2]))
+    home = data.draw(st.sampled_from([document, *document["layers"].values(), document["bases"][""]]))
+    home[data.draw(st.sampled_from(sorted(home)))] = data.draw(values)
+    sidecar.write_text(json.dumps(document))
+    try:
+        assert adaptertools.read(tmp_path / "out.pt").modules
+    except AdapterToolsError:
+        pass
+    finally:
+        sidecar.unlink()
+        (tmp_path / "out.pt").unlink()

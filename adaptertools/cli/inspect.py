@@ -11,7 +11,7 @@ _READ_AT_ONCE = 256_000_000
 @click.command("inspect", short_help="Say what an adapter is, and what is odd about it.")
 @click.argument("src")
 @click.option("--modules", is_flag=True, help="One line a module, with the norm of its delta weight.")
-@reading_options("--alpha")
+@reading_options()
 @output_options()
 def command(src: str, modules: bool, reading: Reading, output: Output) -> None:
     """Print what the adapter SRC is: format, base model, ranks, alphas, scalings, size, and what is odd about it.
@@ -24,10 +24,12 @@ def command(src: str, modules: bool, reading: Reading, output: Output) -> None:
     from adaptertools.cli._summary import summary_text
     from adaptertools.operations.summary import summarize
 
-    adapter = api.read(src, **reading.arguments(src))
+    how = reading.arguments(src)
+    adapter = api.read(src, **how)
     summary = summarize(adapter)
     if modules or summary.nbytes <= _READ_AT_ONCE:
         summary = summarize(adapter, values=True)
+        summary = replace(summary, oddities=(*summary.oddities, *api.oddities(src, **how)))
     if not modules:
         summary = replace(summary, rows=())
     output.show(lambda: summary_text(src, summary), summary.to_json)

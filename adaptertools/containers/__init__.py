@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from adaptertools.containers import msgpack, npz, orbax, safetensors, torchfile
-from adaptertools.containers.tensorfile import TensorFile, read_head
+from adaptertools.containers.tensorfile import TensorFile, read_head, reading
 from adaptertools.errors import OptionError, SourceNotFoundError, UnknownFormatError
 from adaptertools.tensors import NamedTensors
 
@@ -53,8 +53,11 @@ def identify(path: Path) -> Container | None:
 
     Raises: EmptyFileError, LfsPointerError
     """
-    head = b"" if path.is_dir() else read_head(path)
-    return next((module for module in _MODULES if module.sniff(path, head)), None)
+    with reading(path):
+        if not path.is_dir() and not path.is_file():
+            return None  # a socket, a pipe, a link to nothing
+        head = b"" if path.is_dir() else read_head(path)
+        return next((module for module in _MODULES if module.sniff(path, head)), None)
 
 
 def read(path: Path) -> TensorFile:
@@ -62,9 +65,10 @@ def read(path: Path) -> TensorFile:
 
     Raises: UnknownFormatError if it is no known container; DamagedFileError and the like if it is a bad one
     """
-    if not path.exists():
-        raise SourceNotFoundError(f"{path}: there is no such file")
-    container = identify(path)
-    if container is None:
-        raise UnknownFormatError(f"{path}: not a tensor file; known are {', '.join(CONTAINERS)}")
-    return container.read(path)
+    with reading(path):
+        if not path.exists():
+            raise SourceNotFoundError(f"{path}: there is no such file")
+        container = identify(path)
+        if container is None:
+            raise UnknownFormatError(f"{path}: not a tensor file; known are {', '.join(CONTAINERS)}")
+        return container.read(path)

@@ -68,8 +68,11 @@ def explained(path: Path) -> Iterator[None]:
             errno.EACCES: "no permission to write there",
             errno.EPERM: "no permission to write there",
             errno.ENOTDIR: "a part of the path is a file, not a folder",
+            errno.EEXIST: "a part of the path is a file, not a folder",
         }.get(error.errno or 0, error.strerror or str(error))
-        raise DestinationError(error.errno, f"cannot write {path}: {advice}") from error
+        explanation = DestinationError(f"cannot write {path}: {advice}")
+        explanation.errno = error.errno
+        raise explanation from error
 
 
 @contextmanager

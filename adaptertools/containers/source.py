@@ -9,7 +9,7 @@ from torch import Tensor
 
 from adaptertools import containers
 from adaptertools.containers.jsonfile import read_json
-from adaptertools.containers.tensorfile import TensorFile
+from adaptertools.containers.tensorfile import TensorFile, reading
 from adaptertools.errors import EmptyFileError, SourceNotFoundError
 
 _MEMORY = "memory"
@@ -23,8 +23,9 @@ class Source:
     """
 
     def __init__(self, path: Path) -> None:
-        if not path.exists():
-            raise SourceNotFoundError(f"{path}: there is no such file or folder")
+        with reading(path):
+            if not path.exists():
+                raise SourceNotFoundError(f"{path}: there is no such file or folder")
         self.path: Path | None = path
         self.label = str(path)
         self._tensors: dict[str, TensorFile] = {}

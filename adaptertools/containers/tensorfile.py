@@ -17,6 +17,7 @@ from adaptertools.errors import (
     DamagedFileError,
     EmptyFileError,
     LfsPointerError,
+    SourceNotFoundError,
     UnsafeFileError,
     UnsupportedFeatureError,
 )
@@ -121,6 +122,20 @@ def check_growth(label: str, expanded: int, size: int) -> None:
             f"{label}: {size} bytes claim to expand to {expanded}. At most {_MAX_GROWTH} times the size "
             f"(or {_ALWAYS_ALLOWED >> 20} MiB) is accepted; save it again without compression"
         )
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn what the operating system reports into an error of ours.
+
+    Raises: SourceNotFoundError
+    """
+    try:
+        yield
+    except AdapterToolsError:
+        raise
+    except OSError as error:
+        raise SourceNotFoundError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
 @contextmanager

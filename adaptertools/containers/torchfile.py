@@ -150,7 +150,7 @@ def _pickle_bytes(path: Path) -> bytes:
     if not zipfile.is_zipfile(path):
         with path.open("rb") as file:
             return file.read(MAX_HEADER_BYTES)
-    with zipfile.ZipFile(path) as archive:
+    with parsing(path), zipfile.ZipFile(path) as archive:
         return archive.read(_pickle_name(archive.namelist()))
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from adaptertools.dialects.flax_names import Naming, Path, Rule, module_name, place_of
 from adaptertools.dialects.flax_tree import Pair
-from adaptertools.errors import EmptyFactorError, OptionError, ShapeError
+from adaptertools.errors import EmptyFactorError, ShapeError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +51,7 @@ def unpack(
 ) -> Iterator[Factors]:
     """The modules of one leaf pair. Views where the layout allows it: nothing is copied.
 
-    Raises: ShapeError, EmptyFactorError, OptionError if the scanned axis cannot be told
+    Raises: ShapeError, also if the scanned axis cannot be told; EmptyFactorError
     """
     for factor in (pair.a, pair.b):
         if factor.ndim < 2 or factor.numel() == 0:
@@ -110,7 +110,7 @@ def _scan_axis(pair: Pair, rule: Rule, layer: int | None, chosen: Naming | None,
     if scan.axis is None and len(fitting) == 1:
         return fitting[0]
     if scan.axis is None and fitting:
-        raise OptionError(f"{shapes} may stack layers along axis 0 or axis 1; say which with scan_axis")
+        raise ShapeError(f"{shapes} may stack layers along axis 0 or axis 1; say which with scan_axis")
     expected = "axis 0 or 1" if scan.axis is None else f"axis {scan.axis}"
     raise ShapeError(f"{shapes} do not stack layers along {expected} with one rank")
 

@@ -1,8 +1,9 @@
 """The factors of one Flax leaf pair, put together from the modules that share it: fused parts, stacked layers."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from adaptertools.dialects.flax_names import Path, Rule
 from adaptertools.dialects.flax_sidecar import Record, is_power_of_two
 from adaptertools.encoding import Encoder, scale
 from adaptertools.errors import OptionError, ShapeError
-from adaptertools.tensors import Deferred, combine
+from adaptertools.tensors import Deferred
 
 _CHUNK = 1 << 20
 
@@ -49,6 +50,11 @@ class Stack:
     axis: int | None = None
     head_dim: int | None = None
 
+    @property
+    def fused(self) -> bool:
+        """Whether the leaf has an axis for the parts."""
+        return len(self.rule.parts) > 1
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Packed:
@@ -77,81 +83,57 @@ def pack(stack: Stack, encoder: Encoder, *, folds: bool) -> Packed:
     rank = max(stop for _, stop in spans.values())
     inner = _one(stack, "input", {part.module.in_features for part in stack.parts})
     outer = _one(stack, "output", {part.module.out_features for part in stack.parts})
-    owners = list({(part.layer, spans[part.key]): part for part in reversed(stack.parts)}.values())
-    kept = [encoder.keep(f"{part.key}.lora_A", part.module.lora_A) for part in owners]
-    factors = [part.extra * (part.module.scaling if folds else 1.0) for part in stack.parts]
-    folded = [
-        encoder.fold(f"{part.key}.lora_B", part.module.lora_B, factor)
-        for part, factor in zip(stack.parts, factors, strict=True)
-    ]
-
-    a = combine(
-        kept,
-        _leaf_shape(stack, (*_split(stack, inner, "in"), rank)),
-        lambda tensors: _join_a(
-            stack, [(part, spans[part.key], t) for part, t in zip(owners, tensors, strict=True)], rank
-        ),
-    )
-    b = combine(
+    owners = {(part.layer, spans[part.key]): part for part in reversed(stack.parts)}.values()
+    kept = [(part, encoder.keep(f"{part.key}.lora_A", part.module.lora_A)) for part in owners]
+    folded: list[tuple[Part, Deferred]] = []
+    factors: list[tuple[float, bool]] = []
+    for part in stack.parts:
+        factor = part.extra * (part.module.scaling if folds else 1.0)
+        lora_b = encoder.fold(f"{part.key}.lora_B", part.module.lora_B, factor)
+        folded.append((part, _turned(lora_b, part.halves_of)))
+        factors.append((factor, factor == 1.0 or _restores(part.module.lora_B, factor, lora_b.dtype, encoder)))
+    a = _leaf(stack, (*_split(stack, inner, "in"), rank), kept, lambda leaf, part: leaf[..., slice(*spans[part.key])])
+    b = _leaf(
+        stack,
+        (rank, *((len(stack.rule.parts),) if stack.fused else ()), *_split(stack, outer, "out")),
         folded,
-        _leaf_shape(stack, (rank, *_fused(stack), *_split(stack, outer, "out"))),
-        lambda tensors: _join_b(
-            stack, [(part, spans[part.key], t) for part, t in zip(stack.parts, tensors, strict=True)], rank
-        ),
+        lambda leaf, part: leaf[slice(*spans[part.key]), part.place] if stack.fused else leaf[slice(*spans[part.key])],
     )
     records = {
-        part.key: _record(
-            part, factor, encoder, a.dtype, b.dtype, spans[part.key] if spans[part.key] != (0, rank) else None
-        )
+        part.key: _record(part, factor, encoder, a, b, spans[part.key] if spans[part.key] != (0, rank) else None)
         for part, factor in zip(stack.parts, factors, strict=True)
     }
     filling = replace(next(iter(records.values())), rows=None, absent=True)
     records |= {name: filling for name in stack.names.values() if name not in records}
-    scaling = 1.0 if folds else scalings.pop()
-    return Packed(a=a, b=b, rank=rank, scaling=scaling, records=records)
+    return Packed(a=a, b=b, rank=rank, scaling=1.0 if folds else scalings.pop(), records=records)
 
 
-Placed = tuple[Part, tuple[int, int], Tensor]
+def _leaf(
+    stack: Stack,
+    shape: tuple[int, ...],
+    factors: Sequence[tuple[Part, Deferred]],
+    region: Callable[[Tensor, Part], Tensor],
+) -> Deferred:
+    """A leaf put together from factors, each transposed into its `region` of one layer's `shape`."""
+    whole = shape if stack.axis is None else (*shape[: stack.axis], stack.layers, *shape[stack.axis :])
+    dtype = reduce(torch.promote_types, (factor.dtype for _, factor in factors))
+
+    def compute() -> Tensor:
+        leaf = torch.zeros(whole, dtype=dtype)
+        layers = leaf.unsqueeze(0) if stack.axis is None else leaf.movedim(stack.axis, 0)
+        for part, factor in factors:
+            place = region(layers[part.layer], part)
+            place.copy_(factor.compute().T.reshape(place.shape))
+        return leaf
+
+    return Deferred(shape=whole, dtype=dtype, compute=compute)
 
 
-def _join_a(stack: Stack, placed: Sequence[Placed], rank: int) -> Tensor:
-    """Shapes: lora_A (r, in) of each -> (in, r), with heads split off and layers stacked as the leaf has them."""
-    first = placed[0][2]
-    if stack.layers == 1 and len(placed) == 1:
-        grid = first.T.unsqueeze(0)
-    else:
-        grid = first.new_zeros(stack.layers, first.shape[1], rank)
-        for part, span, lora_A in placed:
-            grid[part.layer, :, slice(*span)] = lora_A.T
-    return _unstack(stack, grid.reshape(stack.layers, *_split(stack, first.shape[1], "in"), rank))
-
-
-def _join_b(stack: Stack, placed: Sequence[Placed], rank: int) -> Tensor:
-    """Shapes: lora_B (out, r) of each -> (r, out), likewise, with the parts of a fused weight behind the rank."""
-    turned = [
-        (part, span, lora_B if part.halves_of is None else interleave_halves(lora_B, part.halves_of))
-        for part, span, lora_B in placed
-    ]
-    first = turned[0][2]
-    if stack.layers == 1 and len(stack.rule.parts) == 1:
-        grid = first.T.unsqueeze(0)
-    else:
-        grid = first.new_zeros(stack.layers, rank, len(stack.rule.parts), first.shape[0])
-        for part, span, lora_B in turned:
-            grid[part.layer, slice(*span), part.place] = lora_B.T
-    return _unstack(stack, grid.reshape(stack.layers, rank, *_fused(stack), *_split(stack, first.shape[0], "out")))
-
-
-def _unstack(stack: Stack, grid: Tensor) -> Tensor:
-    return grid[0] if stack.axis is None else grid.movedim(0, stack.axis)
-
-
-def _leaf_shape(stack: Stack, shape: tuple[int, ...]) -> tuple[int, ...]:
-    return shape if stack.axis is None else (*shape[: stack.axis], stack.layers, *shape[stack.axis :])
-
-
-def _fused(stack: Stack) -> tuple[int, ...]:
-    return (len(stack.rule.parts),) if len(stack.rule.parts) > 1 else ()
+def _turned(lora_B: Deferred, head_dim: int | None) -> Deferred:
+    """lora_B with its rows in MaxText's order, where that is asked for."""
+    if head_dim is None:
+        return lora_B
+    return replace(lora_B, compute=lambda: interleave_halves(lora_B.compute(), head_dim))
 
 
 def _split(stack: Stack, size: int, side: str) -> tuple[int, ...]:
@@ -193,11 +175,19 @@ def _rank_spans(parts: Sequence[Part]) -> dict[str, tuple[int, int]]:
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
+    """Whether two tensors are equal bit for bit, so that zeros of different sign are not."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    mapped_once = one.data_ptr() == other.data_ptr() and one.stride() == other.stride()
+    return mapped_once or torch.equal(_bits(one), _bits(other))
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(torch.int16 if tensor.dtype.itemsize == 2 else torch.int32)
 
 
 def _record(
-    part: Part, factor: float, encoder: Encoder, a: torch.dtype, b: torch.dtype, rows: tuple[int, int] | None
+    part: Part, factor: tuple[float, bool], encoder: Encoder, a: Deferred, b: Deferred, rows: tuple[int, int] | None
 ) -> Record:
     module = part.module
     before_a, before_b = encoder.dtype or module.lora_A.dtype, encoder.dtype or module.lora_B.dtype
@@ -205,11 +195,11 @@ def _record(
         rank=module.rank,
         alpha=module.alpha,
         rule=module.scale_rule,
-        factor=factor,
-        restores=_restores(module.lora_B, factor, b, before_b),
+        factor=factor[0],
+        restores=factor[1],
         rows=rows,
-        lora_A_dtype=before_a if before_a != a else None,
-        lora_B_dtype=before_b if before_b != b else None,
+        lora_A_dtype=before_a if before_a != a.dtype else None,
+        lora_B_dtype=before_b if before_b != b.dtype else None,
         transposed=module.transposed,
         shape=module.shape,
         component=module.target.component,
@@ -217,12 +207,13 @@ def _record(
     )
 
 
-def _restores(lora_B: Tensor, factor: float, stored: torch.dtype, before: torch.dtype) -> bool:
-    """Whether `unfold` undoes what was folded, bit for bit: looked at, not assumed."""
-    if factor == 1.0:
-        return True
+def _restores(lora_B: Tensor, factor: float, stored: torch.dtype, encoder: Encoder) -> bool:
+    """Whether `unfold` undoes the fold just made, bit for bit: by its measured loss, else looked at."""
     if factor == 0.0 or not math.isfinite(factor):
         return False
+    if encoder.dtype is None and encoder.losses[-1].exact:
+        return True  # the quotient of an exact product is the factor itself, and the nearest float to it
+    before = encoder.dtype or lora_B.dtype
     rows = max(1, _CHUNK // lora_B.shape[1])
     return all(
         torch.equal(unfold(scale(piece, factor, stored), factor, before), piece.to(before))

@@ -80,12 +80,11 @@ def read(source: Source, request: Request) -> Adapter:
         for factors in unpacked
         for module in (_described(factors, sidecar) if sidecar else _foreign(factors, plan, scale))
     ]
-    document = sidecar.document if sidecar else {}
     return Adapter(
         modules=tuple(modules),
         bases=sidecar.bases if sidecar else {},
-        history=read_history(found.file.metadata, document),
-        metadata=document.get("metadata", {}),
+        history=read_history(found.file.metadata, sidecar.document if sidecar else None),
+        metadata=sidecar.metadata if sidecar else {},
         notes=merge_notes(notes, scale.notes if scale else (), _notes(plan, sidecar, modules)),
         origin=Origin(
             format=request.format,

@@ -22,6 +22,7 @@ import torch
 
 from adaptertools.adapter import Adapter, Base, ScaleRule
 from adaptertools.containers.history import HEADER_KEY
+from adaptertools.dialects.flax_names import NAMINGS
 from adaptertools.dialects.flax_tree import Dialect
 from adaptertools.errors import ConfigError
 from adaptertools.tensors import DTYPES, dtype_name
@@ -151,6 +152,7 @@ class Sidecar:
     scan_axis: int | None
     scan_at: str | None
     bases: Mapping[str, Base]
+    metadata: Mapping[str, Any]
     _modules: Mapping[str, Any] = field(default_factory=dict)
 
     def record(self, key: str) -> Record:
@@ -162,7 +164,7 @@ class Sidecar:
         where = f"{self.label}: modules: {key}"
         rank = _typed(where, self._pattern("rank_pattern").get(key, self.document.get("r")), int, "rank")
         alpha = _number(where, self._pattern("alpha_pattern").get(key, self.document.get("lora_alpha")), "alpha")
-        name = said.get("scaling", self.document.get("scaling", "alpha/r"))
+        name = _typed(where, said.get("scaling", self.document.get("scaling", "alpha/r")), str, "scaling")
         if name not in _RULES_BY_NAME or rank < 1:
             raise ConfigError(
                 f"{where}: scaling {name!r} at rank {rank}; expected {', '.join(_RULES_BY_NAME)} and a rank above 0"
@@ -180,9 +182,9 @@ class Sidecar:
             absent=bool(said.get("absent", False)),
             lora_A_dtype=_dtype(where, said.get("lora_A_dtype")),
             lora_B_dtype=_dtype(where, said.get("lora_B_dtype")),
-            transposed=said.get("transposed"),
+            transposed=_optional(where, said.get("transposed"), bool, "transposed"),
             shape=_numbers(where, shape, "shape") if shape is not None else None,
-            component=str(said.get("component", "")),
+            component=_typed(where, said.get("component", ""), str, "component"),
             opaque=bool(said.get("opaque", False)),
         )
 
@@ -204,39 +206,46 @@ def parse(label: str, document: Mapping[str, Any]) -> Sidecar:
     dialect = document.get("dialect")
     if dialect not in (Dialect.NNX, Dialect.QWIX, Dialect.GEMMA):
         raise ConfigError(f"{label}: dialect {dialect!r}, expected nnx, qwix or gemma")
+    if document.get("naming", "hf") not in ("hf", *NAMINGS):
+        raise ConfigError(f"{label}: naming {document['naming']!r}, expected hf, {', '.join(NAMINGS)}")
     scan = _typed(label, document.get("scan") or {}, dict, "scan")
-    bases = {"": {"id": document.get("base_model_name_or_path")}} if "bases" not in document else document["bases"]
+    base = _optional(label, document.get("base_model_name_or_path"), str, "base_model_name_or_path")
+    bases = document.get("bases", {"": {"id": base}} if base is not None else {})
     modules = _typed(label, document.get("modules", {}), dict, "modules")
     for key, said in modules.items():
         _typed(label, said, dict, f"modules: {key}")
-    head_dim = document.get("head_dim")
     return Sidecar(
         label=label,
         document=document,
         dialect=Dialect(dialect),
-        naming=_typed(label, document.get("naming", "hf"), str, "naming"),
+        naming=document.get("naming", "hf"),
         folded=_typed(label, document.get("scale_folded", dialect != Dialect.QWIX), bool, "scale_folded"),
-        layer_prefix=document.get("layer_prefix"),
-        arch=document.get("arch"),
-        head_dim=_typed(label, head_dim, int, "head_dim") if head_dim is not None else None,
-        scan_axis=_typed(label, scan["axis"], int, "scan") if "axis" in scan else None,
-        scan_at=scan.get("at"),
-        bases={
-            name: _base(label, said) for name, said in _typed(label, bases, dict, "bases").items() if any(said.values())
-        },
+        layer_prefix=_optional(label, document.get("layer_prefix"), str, "layer_prefix"),
+        arch=_optional(label, document.get("arch"), str, "arch"),
+        head_dim=_optional(label, document.get("head_dim"), int, "head_dim"),
+        scan_axis=_optional(label, scan.get("axis"), int, "scan: axis"),
+        scan_at=_optional(label, scan.get("at"), str, "scan: at"),
+        metadata=_typed(label, document.get("metadata", {}), dict, "metadata"),
+        bases={name: _base(label, said) for name, said in _typed(label, bases, dict, "bases").items()},
         _modules=modules,
     )
 
 
 def _base(label: str, said: object) -> Base:
     values = _typed(label, said, dict, "bases")
-    return Base(id=values.get("id"), revision=values.get("revision"), change=values.get("change"))
+    return Base(
+        **{name: _optional(label, values.get(name), str, f"bases: {name}") for name in ("id", "revision", "change")}
+    )
 
 
 def _typed(where: str, value: Any, kind: type, name: str) -> Any:
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise ConfigError(f"{where}: {name} is {value!r:.80}, expected {kind.__name__}")
     return value
+
+
+def _optional(where: str, value: Any, kind: type, name: str) -> Any:
+    return None if value is None else _typed(where, value, kind, name)
 
 
 def _number(where: str, value: Any, name: str) -> float:
@@ -258,6 +267,6 @@ def _numbers(where: str, value: Any, name: str, count: int | None = None) -> tup
 def _dtype(where: str, name: Any) -> torch.dtype | None:
     if name is None:
         return None
-    if name not in DTYPES:
+    if not isinstance(name, str) or name not in DTYPES:
         raise ConfigError(f"{where}: dtype {name!r}, expected one of {', '.join(DTYPES)}")
     return DTYPES[name]

@@ -15,6 +15,8 @@ from adaptertools.errors import AmbiguousFormatError, ConfigError, FileError, Un
 
 CONTAINERS = ("msgpack", "npz", "safetensors", "orbax")
 _MEMORY = "memory"
+_WRITTEN = (Dialect.NNX, Dialect.QWIX, Dialect.GEMMA)
+"""What a sidecar may say. One that says anything else is wrong, and the format `flax` reports it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +32,8 @@ def detect(source: Source, dialects: Collection[Dialect]) -> bool:
     """Whether the source holds a Flax adapter of one of these dialects, told by its sidecar or by its leaves."""
     if _described(source):
         document = source.document(flax_sidecar.NAME) or {}
-        return document.get("format") == flax_sidecar.FORMAT and document.get("dialect") in dialects
+        dialect = document.get("dialect")
+        return dialect in dialects if dialect in _WRITTEN else Dialect.NNX in dialects
     return bool(_matching(source, dialects))
 
 

@@ -39,7 +39,7 @@ class Dialect(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Pair:
-    """The two factors of one weight as they stand in the tree, and the name of the first for messages."""
+    """The two factors of one weight as they stand in the tree, and where the first stands, for messages."""
 
     path: Path
     weight: str
@@ -159,7 +159,7 @@ def pairs(file: TensorFile, dialect: Dialect, *, own: bool, ignore_other: bool) 
     other: list[str] = []
     optimizer = 0
     for path, name in sorted(tree_paths(file, own=own).items(), key=lambda item: natural_order(item[1])):
-        if is_optimizer(path):
+        if not own and is_optimizer(path):
             optimizer += 1
             continue
         factor = _factor(path, dialect, own)
@@ -211,7 +211,7 @@ def _pair(file: TensorFile, path: Path, weight: str, half: Mapping[str, str]) ->
             f"{file.label}: {half['a']} belongs to a mixture of experts. Which axis counts the experts is said by the "
             "model's einsum, not by the file, so it is not read"
         )
-    return Pair(path=path, weight=weight, a=a, b=b, key=half["a"])
+    return Pair(path=path, weight=weight, a=a, b=b, key=f"{file.label}: {half['a']}")
 
 
 def _refuse(label: str, name: str, leaf: str) -> None:

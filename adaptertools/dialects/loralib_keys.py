@@ -27,6 +27,7 @@ _TRAINING_STATE = re.compile(r"(optim|lr_sched|sched|scaler|rng|amp)", re.IGNORE
 _RELATIVES = {
     "minLoRA": re.compile(r".*\.parametrizations\.[^.]+\.\d+\.lora_[AB]"),
     "AdapterHub": re.compile(r".*\.loras\.[^.]+\.lora_[AB]"),
+    "OpenDelta": re.compile(r".*\.lora\.lora_[AB]"),
     "LitGPT": re.compile(r"(transformer\.)?h\.\d+\.attn\.qkv\.lora_[AB]"),
 }
 """Formats that name their factors as loralib does and mean something else by them."""
@@ -86,6 +87,8 @@ def _readable(source: Source, name: str) -> bool:
 
 def is_adapter(file: TensorFile) -> bool:
     """Whether the keys are those of loralib: bare factors, and none that a relative of it would name so."""
+    if file.metadata.get("format") == "flax":
+        return False
     names = [_unwrapped(name) for name in file.tensors]
     return any(_FACTOR.fullmatch(name) for name in names) and relative(names) is None
 

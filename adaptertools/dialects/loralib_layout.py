@@ -220,7 +220,8 @@ def _described(layout: Layout) -> str:
 def _missing_slots(name: str, adapted: int, total: int | None = None) -> str:
     """The message that asks for the slots of a fused layer."""
     of = f"of the {total} slots" if total else "slots"
-    example = "T" * adapted + "F" * ((total or adapted) - adapted)
+    slots = total or adapted + 1
+    example = "T" + "F" * (slots - adapted) + "T" * (adapted - 1)
     return (
         f"{name}: {adapted} {of} of a fused projection are adapted, and the file cannot say which. Give the slots, "
         f"such as {leaf(name)}={example} with T for each adapted one, or the preset {' or '.join(PRESETS)} (--slots)"

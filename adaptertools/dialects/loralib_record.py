@@ -145,7 +145,7 @@ def building_notes(layers: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
         (alpha,) = {alpha for alpha, _ in alphas}
         notes = [f"the file cannot say alpha: build the model with lora_alpha={_number(alpha)}"]
     else:
-        pairs = ", ".join(f"r={r}, lora_alpha={_number(alpha)}" for alpha, r in sorted(alphas))
+        pairs = ", ".join(f"{_number(alpha)} at r={r}" for alpha, r in sorted(alphas))
         notes = [f"the file cannot say alpha: build each layer with lora_alpha equal to its r ({pairs})"]
     turned = [name for name, entry in layers.items() if entry["fan_in_fan_out"]]
     if turned:

@@ -1,7 +1,9 @@
 """What a base model's headers settle for PEFT adapters: shapes, orientation, and how its experts are stored."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol
+
+from adaptertools.module import LoraModule
 
 CONV1D_TYPES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
 """Models of transformers whose projections are `Conv1D`, with weights stored (in, out)."""
@@ -46,6 +48,22 @@ class BaseModel:
             if len(found) == 1:
                 return tuple(self._shapes[found[0]])
         return None
+
+    def notes(self, modules: Iterable[LoraModule]) -> Iterator[str]:
+        """What modules change that the base model does not have, or has in another shape."""
+        if not self.known:
+            return
+        absent, other = [], []
+        for module in modules:
+            name, wanted, found = module.target.parameter, module.weight_shape, self.shape(module.target.parameter)
+            if found is None:
+                absent.append(name)
+            elif found != wanted:
+                other.append(f"{name} in shape {found}, the adapter is for {wanted}")
+        if absent:
+            yield f"the base model lacks {len(absent)} parameters that the adapter changes, such as {absent[0]}"
+        if other:
+            yield f"{len(other)} parameters of the base model do not fit: it has {other[0]}"
 
     def linear_is_transposed(self, parameter: str, out_features: int, in_features: int) -> bool | None:
         """Whether a linear weight is stored (in, out); None where nothing tells."""

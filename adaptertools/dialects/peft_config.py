@@ -3,13 +3,14 @@
 Read in huggingface/peft 0.21.2 (`tuners/lora/config.py`, `utils/other.py`).
 """
 
-import re
+import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any
 
 from adaptertools.adapter import Base
+from adaptertools.dialects.peft_patterns import Patterns, compile_pattern
 from adaptertools.errors import ConfigError, MissingAlphaError, NotLoraError, OptionError, UnsupportedFeatureError
 from adaptertools.module import ScaleRule
 
@@ -96,43 +97,6 @@ _CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 _KEEPS_BASE = ("gaussian", "eva", "orthogonal", "mica", "true", "false")
 
 
-@dataclass(frozen=True, slots=True)
-class Patterns:
-    """Regular expressions and their values, in the order of the file, of which the first that matches counts.
-
-    An expression matches the end of a path, from a dot on. Expressions that are one whole path, as they are written
-    here for single modules, are looked up by it: there may be one for every module.
-    """
-
-    exact: Mapping[str, tuple[int, Any]]
-    others: tuple[tuple[int, re.Pattern[str], Any], ...]
-
-    @classmethod
-    def parse(cls, raw: Mapping[str, Any], label: str, key: str) -> Self:
-        """Raises: ConfigError"""
-        stated = raw.get(key) or {}
-        if not isinstance(stated, Mapping):
-            raise ConfigError(f"{label}: {key} is {stated!r:.80}, expected an object of patterns and numbers")
-        exact, others = {}, []
-        for order, (pattern, value) in enumerate(stated.items()):
-            path = re.sub(r"\\(.)", r"\1", pattern[1:-1])
-            if pattern == anchored(path):
-                exact[path] = (order, value)
-            else:
-                others.append((order, _compile(rf"(.*\.)?({pattern})$", label, key), value))
-        return cls(exact, tuple(others))
-
-    def value(self, path: str, default: Any) -> Any:
-        """The value for a module, or `default` where nothing matches."""
-        order, value = self.exact.get(path, (sys.maxsize, default))
-        return next((other for at, pattern, other in self.others if at < order and pattern.match(path)), value)
-
-
-def anchored(path: str) -> str:
-    """The expression that matches this path alone."""
-    return f"^{re.escape(path)}$"
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeftConfig:
     """The checked values of one configuration; `stated` is False where there was no file."""
@@ -169,6 +133,19 @@ class PeftConfig:
             raise ConfigError(f"{self.label}: {key} is {value!r:.80}, expected a list of names")
         return tuple(value)
 
+    def carried(self) -> dict[str, Any]:
+        """What is kept for writing the configuration again."""
+        kept = {}
+        for key in CARRIED:
+            value = self.raw.get(key)
+            try:
+                json.dumps(value, allow_nan=False)
+            except ValueError:
+                self.notes.append(f"{self.label}: {key} is {value!r:.40} and is not kept")
+            else:
+                kept[key] = value
+        return {key: value for key, value in kept.items() if value is not None}
+
     @property
     def saved_modules(self) -> tuple[str, ...]:
         """The modules that are stored in full, those that PEFT adds for the task included."""
@@ -188,7 +165,7 @@ class PeftConfig:
         """Whether target_modules names the module; PEFT's rule for lists and for regular expressions."""
         wanted = self.raw.get("target_modules")
         if isinstance(wanted, str):
-            return _compile(wanted, self.label, "target_modules").fullmatch(path) is not None
+            return compile_pattern(wanted, self.label, "target_modules").fullmatch(path) is not None
         return any(path == name or path.endswith(f".{name}") for name in self.names("target_modules"))
 
     def rank_of(self, path: str) -> int | None:
@@ -297,13 +274,6 @@ def _number(value: Any, where: str) -> float:
             f"{where} is {value!r:.40}, expected a finite number; --source-alpha stands in for lora_alpha"
         )
     return float(value)
-
-
-def _compile(expression: str, label: str, key: str) -> re.Pattern[str]:
-    try:
-        return re.compile(expression)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise ConfigError(f"{label}: {key} holds {expression!r:.80}, no regular expression: {error}") from None
 
 
 def _base(raw: Mapping[str, Any], label: str, notes: list[str]) -> Base:

@@ -23,7 +23,7 @@ from adaptertools.dialects.peft_base import BaseModel
 from adaptertools.dialects.peft_config import PeftConfig
 from adaptertools.dialects.peft_keys import Group
 from adaptertools.dialects.peft_modules import Reading, paired
-from adaptertools.errors import ShapeError, UnsupportedFeatureError
+from adaptertools.errors import ConfigError, ShapeError, UnsupportedFeatureError
 from adaptertools.module import Kind, LoraModule, Target
 
 REGISTRATION_ORDER = (
@@ -146,8 +146,10 @@ def _stack(group: Group, parameter: str, reading: Reading) -> _Stack:
     rows = lora_A.shape[0] if lora_A.ndim == 2 else 0
     if shape is not None and rows:
         rank = rows // shape[0] if len(shape) == 3 and rows % shape[0] == 0 else rows
+    if rank is None:
+        raise ConfigError(f"{config.label}: no r, without which the experts of {parameter} cannot be told apart")
     if lora_A.ndim == lora_B.ndim == 2 and lora_A.numel() and lora_B.numel():
-        if rank is None or rows % rank or lora_B.shape[1] != rows:
+        if rows % rank or lora_B.shape[1] != rows:
             raise ShapeError(
                 f"{config.label}: {parameter} has lora_A {tuple(lora_A.shape)} and lora_B {tuple(lora_B.shape)}, "
                 f"expected (experts·{rank}, in) and (out, {rank}·experts)"

@@ -9,7 +9,14 @@ from torch import Tensor
 
 from adaptertools.containers.source import Source
 from adaptertools.dialects import peft_config
-from adaptertools.errors import AmbiguousFormatError, DamagedFileError, DuplicateTargetError, SourceNotFoundError
+from adaptertools.errors import (
+    AdapterToolsError,
+    AmbiguousFormatError,
+    DamagedFileError,
+    DuplicateTargetError,
+    FileError,
+    SourceNotFoundError,
+)
 
 STEM = "adapter_model"
 SIDECAR = "adaptertools.json"
@@ -99,6 +106,24 @@ def differences(source: Source, adapter_name: str | None = None) -> tuple[str, .
     return tuple(found)
 
 
+def compare_variants(source: Source, adapter_name: str | None = None) -> tuple[str, ...]:
+    """Whether weights that are stored in several ways are the same; nothing where they are stored once.
+
+    Memory: what the containers map of both
+    """
+    home, _, _ = _settle_folder(source, adapter_name)
+    names = [files[0] for files in weight_files(home)]
+    if len(names) < 2:
+        return ()
+    try:
+        found = differences(source, adapter_name)
+    except AdapterToolsError as error:
+        return (f"{' and '.join(names)} cannot be compared: {error}",)
+    if not found:
+        return (f"{' and '.join(names)} hold the same tensors, bit by bit",)
+    return (f"{' and '.join(names)} differ in {len(found)} tensors, of which one is {found[0]}",)
+
+
 def is_adapter_folder(source: Source) -> bool:
     """Whether a folder holds the configuration of a PEFT adapter of whatever type."""
     document = source.document(peft_config.FILE)
@@ -106,8 +131,15 @@ def is_adapter_folder(source: Source) -> bool:
 
 
 def adapter_folders(source: Source) -> list[str]:
-    """The sub-folders that hold an adapter each."""
-    return [name for name in source.folders if is_adapter_folder(source.sub(name))]
+    """The sub-folders that hold an adapter each. One with a damaged configuration counts: reading it will say so."""
+    return [name for name in source.folders if _may_be_adapter(source.sub(name))]
+
+
+def _may_be_adapter(source: Source) -> bool:
+    try:
+        return is_adapter_folder(source)
+    except FileError:
+        return True
 
 
 def _settle_folder(source: Source, adapter_name: str | None) -> tuple[Source, tuple[str, ...], bool]:

@@ -86,17 +86,17 @@ def parse(tensors: Mapping[str, Tensor], label: str, adapter_name: str | None) -
     """
     bare = {key: strip(key) for key in tensors}
     parsed = {key: _parse_leaf(name, label) for key, name in bare.items()}
-    adapters = {found.adapter for found in parsed.values() if found}
+    adapters = {found.adapter for found in parsed.values() if found and found.leaf not in _TRAINING_ONLY}
     adapter = _choose_adapter(adapters, adapter_name, label)
     contents = Contents(notes=_prefix_notes(bare, label))
     for key, tensor in tensors.items():
         found = parsed[key]
         if found is None:
             _sort_plain(contents, bare[key], tensor, {adapter, DEFAULT_ADAPTER}, adapters - {adapter}, label)
-        elif found.adapter != adapter:
-            _skip(contents, f"tensors of adapter {found.adapter!r}", key)
         elif found.leaf in _TRAINING_ONLY:
             _skip(contents, f"{found.leaf} (used in training only)", key)
+        elif found.adapter != adapter:
+            _skip(contents, f"tensors of adapter {found.adapter!r}", key)
         elif found.leaf == TOKENS:
             _put(contents.tokens, found.path, tensor, key, label)
         else:
@@ -141,7 +141,7 @@ def _parse_leaf(name: str, label: str) -> _Key | None:
         if leaf in _OTHER_METHODS:
             raise NotLoraError(f"{label}: {name} belongs to {_OTHER_METHODS[leaf]}, which is not LoRA")
         if leaf in _TRAINING_ONLY:
-            return _Key(path, leaf, "" if not rest or rest[0] in ("weight", "bias") else rest[0])
+            return _Key(path, leaf, "")
         if leaf == "lora_diag":
             raise UnsupportedFeatureError(f"{label}: {name} is the diagonal of KaSA, whose base weights are truncated")
         if leaf == TOKENS:

@@ -59,11 +59,11 @@ class Layout:
         return module in self.wrappers or module in self.hidden or module in self.target_modules
 
 
-def arrange(layers: Sequence[Layer], orders: Sequence[Sequence[str]], weights: Sequence[str]) -> Layout:
+def arrange(layers: Sequence[Layer], orders: Sequence[Sequence[str]], original: Sequence[str]) -> Layout:
     """Put every layer in its place.
 
-    `orders` are known orders of registration, `weights` the names of target parameters as they once were: some of them
-    end in `.weight`, which the adapter model leaves out.
+    `orders` are known orders of registration, `original` the target_parameters that the adapter once had: they tell a
+    parameter called `weight`, which the adapter model leaves out, and an in_proj_weight adapted without its attention.
 
     Raises: UnsupportedFeatureError
     """
@@ -72,10 +72,12 @@ def arrange(layers: Sequence[Layer], orders: Sequence[Sequence[str]], weights: S
     bare: dict[str, dict[str, Layer]] = {}
     for layer in layers:
         home = parent(layer.parameter)
-        if leaf(layer.parameter) == IN_PROJ and f"{home}.out_proj" in by_name and not layer.experts:
+        alone = layer.experts or _names(original, layer.parameter) or f"{home}.out_proj" not in by_name
+        if leaf(layer.parameter) == IN_PROJ and not alone:
             _place_attention(layout, home, layer, by_name[f"{home}.out_proj"])
         elif layer.kind is Kind.PARAMETER or leaf(layer.parameter) == IN_PROJ:
-            named = f"{layer.parameter}.weight" if _is_weight(layer.parameter, weights) else layer.parameter
+            weight = f"{layer.parameter}.weight"
+            named = weight if _names(original, weight) else layer.parameter
             if not parent(named):
                 raise UnsupportedFeatureError(f"{named}: PEFT cannot adapt a parameter of the outermost module")
             bare.setdefault(parent(named), {})[leaf(named)] = layer
@@ -92,8 +94,9 @@ def arrange(layers: Sequence[Layer], orders: Sequence[Sequence[str]], weights: S
     return layout
 
 
-def _is_weight(parameter: str, weights: Sequence[str]) -> bool:
-    return any(f"{parameter}.weight" == name or f"{parameter}.weight".endswith(f".{name}") for name in weights)
+def _names(targets: Sequence[str], parameter: str) -> bool:
+    """Whether target_parameters name the parameter, by its whole path or the end of it."""
+    return any(parameter == name or parameter.endswith(f".{name}") for name in targets)
 
 
 def _place_attention(layout: Layout, path: str, in_proj: Layer, out_proj: Layer) -> None:

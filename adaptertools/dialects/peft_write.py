@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from adaptertools.adapter import Adapter, WeightRole
-from adaptertools.dialects.peft_config import DEFAULTS, anchored
+from adaptertools.dialects.peft_config import DEFAULTS
 from adaptertools.dialects.peft_factors import settle_alpha
 from adaptertools.dialects.peft_keys import MAGNITUDE, PREFIX, TOKENS
 from adaptertools.dialects.peft_layout import Layout
+from adaptertools.dialects.peft_patterns import anchored
 from adaptertools.encoding import Encoder
 from adaptertools.errors import UnsupportedFeatureError
 from adaptertools.module import Kind, ScaleRule
@@ -190,12 +191,17 @@ def _change(change: str | None, carried: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that say what was done to the base model before training."""
     config: dict[str, Any] = {}
     for part in change.split("+") if change else ():
-        if part == "layer_replication":
-            config["layer_replication"] = carried.get("layer_replication")
+        if part == "layer_replication" and carried.get(part):
+            config[part] = carried[part]
         elif part.lower().startswith(_INITS):
             config["init_lora_weights"] = part
             config |= {key: carried[key] for key in _INIT_CONFIGS if key in carried}
-        if not config.get("layer_replication" if part == "layer_replication" else "init_lora_weights"):
+            if part == "loftq" and not config.get("loftq_config"):
+                raise UnsupportedFeatureError(
+                    "the base model was changed by loftq, and PEFT loads no such adapter without a loftq_config, which "
+                    "is not known. To use it on the changed weights themselves: --drop changed-base"
+                )
+        else:
             raise UnsupportedFeatureError(
                 f"the base model was changed by {part!r}, which PEFT cannot be told. "
                 "To use the adapter on the changed weights themselves, give that up: --drop changed-base"

@@ -11,6 +11,7 @@ A format module says what it is in these names:
     detect(source) -> bool
     read(source, *, options) -> Adapter
     write(adapter, encoder, *, container, options) -> Artifact
+    oddities(source, *, options) -> tuple[str, ...]    only where values beside the adapter's own are worth a look
 
 The keyword-only parameters of `read` and `write` are the format's options on the command line. `alpha`, `slots` and
 `base`, where `read` has them, are given by `--source-alpha`, `--slots` and `--base`.
@@ -25,7 +26,13 @@ from typing import Any, Protocol, cast
 
 from adaptertools.adapter import Adapter, Feature
 from adaptertools.containers.source import Source
-from adaptertools.errors import AmbiguousFormatError, OptionError, UnknownFormatError, UnsupportedFeatureError
+from adaptertools.errors import (
+    AmbiguousFormatError,
+    EmptyFileError,
+    OptionError,
+    UnknownFormatError,
+    UnsupportedFeatureError,
+)
 from adaptertools.tensors import NamedTensors
 
 
@@ -81,12 +88,12 @@ def get(name: str) -> Format:
 def detect(source: Source) -> str:
     """The name of the one format that recognises the content.
 
-    Raises: UnknownFormatError, AmbiguousFormatError
+    Raises: UnknownFormatError, AmbiguousFormatError; what the only tensor file raises where that cannot be read
     """
     found = [name for name in names() if get(name).detect(source)]
     if not found:
         raise UnknownFormatError(
-            f"{source.label}: no adapter of a known format. Known are {', '.join(names())}; "
+            f"{source.label}: no adapter of a known format ({_contents(source)}). Known are {', '.join(names())}; "
             "name one with --from to see what is wrong with it"
         )
     if len(found) > 1:
@@ -101,6 +108,21 @@ def check_features(adapter: Adapter, name: str) -> None:
         lines = [f"{feature} ({_few(adapter.holders(feature))})" for feature in missing]
         drop = " ".join(f"--drop {feature}" for feature in missing)
         raise UnsupportedFeatureError(f"{name} cannot carry {'; '.join(lines)}. To give that up: {drop}")
+
+
+def _contents(source: Source) -> str:
+    """What stands at a place that no format recognises, so that the user sees why."""
+    files = [name for name in source.file_names if name not in source.folders and _is_tensor_file(source, name)]
+    if len(files) == 1:
+        return f"its tensors are named like {_few(sorted(source.tensors(files[0]).tensors), 2)}"
+    return f"tensor files: {_few(files)}" if files else "no tensor file"
+
+
+def _is_tensor_file(source: Source, name: str) -> bool:
+    try:
+        return source.container(name) is not None
+    except EmptyFileError:
+        return False
 
 
 def _few(items: Collection[str], most: int = 3) -> str:

@@ -117,7 +117,9 @@ def read(
     file = source.tensors(name)
     document, record_notes = _find_record(source, name, file)
     record = parse_record(f"{source.label}: sidecar", document or {})
-    keys = sort_keys(file, keep_names=document is not None)
+    keys = sort_keys(file, keep_names=bool(record.layers))
+    if absent := sorted(record.layers.keys() - keys.pairs.keys()):
+        raise ConfigError(f"{source.label}: the sidecar describes {absent[0]}, whose factors are not in the file")
     model = BaseModel(base)
     recorded = {name: said.layout for name, said in record.layers.items()}
     layouts, layout_notes = settle(keys.pairs, keys.weights, options, recorded, model)

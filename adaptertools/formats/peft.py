@@ -99,6 +99,7 @@ def read(
     groups = [group for path, group in contents.groups.items() if path not in tied]
     modules = _read_modules(groups, reading)
     full_weights, row_weights = read_full_weights(contents, config), read_row_weights(contents, config)
+    metadata = _metadata(config, tied, modules)
     return Adapter(
         modules=tuple(sorted(modules, key=lambda module: natural_order(str(module.target)))),
         full_weights=full_weights,
@@ -106,10 +107,15 @@ def read(
         bases={"": config.base},
         invocation_tokens=config.invocation_tokens,
         history=read_history(found.metadata, found.source.document(peft_files.SIDECAR)),
-        metadata={"peft": _metadata(config, tied, modules)},
-        notes=merge_notes(found.notes, contents.notes, config.notes),
+        metadata={"peft": metadata},
+        notes=merge_notes(found.notes, contents.notes, config.notes, reading.base.notes(modules)),
         origin=Origin(format="peft", container=found.container, label=source.label),
     )
+
+
+def oddities(source: Source, *, adapter_name: str | None = None) -> tuple[str, ...]:
+    """Whether .safetensors and .bin side by side hold the same: reading takes the first and leaves the second alone."""
+    return peft_files.compare_variants(source, adapter_name)
 
 
 def write(adapter: Adapter, encoder: Encoder, *, container: str, conv: str | None = None) -> Artifact:
@@ -158,16 +164,19 @@ def _read_modules(groups: Sequence[Group], reading: Reading) -> list[LoraModule]
     parameters = parameter_groups(groups, reading.config, reading.base)
     modules = read_parameters(parameters, [group for group in groups if group.path in parameters], reading)
     for path, group in by_path.items():
-        inner = by_path.get(path.removesuffix(OUT_PROJ)) if path.endswith(OUT_PROJ) else None
-        if path in parameters or f"{path}{OUT_PROJ}" in by_path:
+        if path in parameters:
             continue
-        modules += read_attention(inner, group, reading) if inner else read_module(group, reading)
+        outer, inner = by_path.get(f"{path}{OUT_PROJ}"), by_path.get(path.removesuffix(OUT_PROJ))
+        if outer is not None:
+            modules += read_attention(group, outer, reading)
+        elif inner in (None, group) or path.removesuffix(OUT_PROJ) in parameters:
+            modules += read_module(group, reading)
     return modules
 
 
 def _metadata(config: PeftConfig, tied: Mapping[str, str], modules: Sequence[LoraModule]) -> dict[str, Any]:
     """What the configuration says beyond the adapter model, for writing it again."""
-    kept = {key: config.raw[key] for key in peft_config.CARRIED if config.raw.get(key) is not None}
+    kept = config.carried()
     orders: dict[str, list[str]] = {}
     for module in modules:
         if module.kind == "parameter":

@@ -1,0 +1,407 @@
+"""Name maps and layouts of the Flax formats: tunix, gemma and MaxText, fused and stacked, and what they refuse."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flax import serialization, traverse_util
+from flax_oracle import assert_identical, delta, modules_of, write
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import adaptertools
+from adaptertools.adapter import Adapter, Base, HistoryEntry, LoraModule, ScaleRule, Target
+from adaptertools.errors import (
+    DuplicateTargetError,
+    OptionError,
+    ShapeError,
+    UnclaimedTensorError,
+    UnsupportedFeatureError,
+)
+
+D, N, K, H, F = 8, 4, 2, 6, 10
+SIZES = {
+    "self_attn.q_proj": (D, N * H),
+    "self_attn.k_proj": (D, K * H),
+    "self_attn.v_proj": (D, K * H),
+    "self_attn.o_proj": (N * H, D),
+    "mlp.gate_proj": (D, F),
+    "mlp.up_proj": (D, F),
+    "mlp.down_proj": (F, D),
+}
+
+
+def module(name: str, n_in: int, n_out: int, rank: int = 2, alpha: float = 4, seed: int = 0, **fields: Any) -> LoraModule:
+    generator = torch.Generator().manual_seed(seed)
+    dtype = fields.pop("dtype", torch.float32)
+    return LoraModule(
+        target=Target(parameter=name),
+        lora_A=torch.randn(rank, n_in, generator=generator).to(dtype),
+        lora_B=torch.randn(n_out, rank, generator=generator).to(dtype),
+        alpha=alpha,
+        **fields,
+    )
+
+
+def decoder(layers: int = 3, prefix: str = "model.layers", **fields: Any) -> Adapter:
+    modules = [
+        module(f"{prefix}.{layer}.{name}", *size, seed=97 * layer + place, **fields)
+        for layer in range(layers)
+        for place, (name, size) in enumerate(SIZES.items())
+    ]
+    return Adapter(modules=tuple(modules), bases={"": Base(id="org/model", revision="abc")})
+
+
+def leaves(folder: Path) -> dict[str, np.ndarray]:
+    tree = serialization.msgpack_restore((folder / "flax_adapter.msgpack").read_bytes())
+    return {"/".join(path): leaf for path, leaf in traverse_util.flatten_dict(tree).items()}
+
+
+LAYOUTS: list[tuple[str, dict[str, Any]]] = [
+    ("flax", {}),
+    ("flax", {"naming": "tunix-llama"}),
+    ("flax", {"scan_axis": 0}),
+    ("flax-qwix", {"naming": "tunix-llama", "head_dim": H}),
+    ("flax-qwix", {"naming": "tunix-gemma", "head_dim": H}),
+    ("flax-qwix", {"naming": "maxtext"}),
+    ("flax-qwix", {"naming": "maxtext", "scan_axis": 1, "num_layers": 5}),
+    ("flax-qwix", {"naming": "maxtext", "scan_axis": 1, "arch": "llama3.1", "head_dim": H}),
+    ("flax-qwix", {"naming": "maxtext", "arch": "llama3.1", "head_dim": H}),
+    ("flax-gemma", {"naming": "gemma", "head_dim": H}),
+    ("flax-gemma", {"naming": "gemma", "head_dim": H, "scan_axis": 0}),
+]
+
+
+@pytest.mark.parametrize(("format", "options"), LAYOUTS, ids=lambda value: str(value))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_layout_gives_the_adapter_back_bit_for_bit(
+    format: str, options: dict[str, Any], dtype: torch.dtype, tmp_path: Path
+) -> None:
+    adapter = decoder(dtype=dtype)
+    if dtype is torch.float32 and options.get("arch"):
+        return  # the query scale 1/sqrt(6) is folded with rounding, which has its own test
+    back = adaptertools.read(write(adapter, tmp_path / "flax", format, **options))
+    assert_identical(adapter, back)
+    assert back.origin is not None
+    for name, value in options.items():
+        assert back.origin.options[name] == value
+
+
+def test_tunix_llama_has_heads_of_its_own_axis(tmp_path: Path) -> None:
+    adapter = decoder(1)
+    found = leaves(write(adapter, tmp_path / "flax", "flax-qwix", naming="tunix-llama", head_dim=H))
+    assert {name: leaf.shape for name, leaf in found.items() if name.endswith("_a") and "attn" in name} == {
+        "layers/0/attn/q_proj/w_lora_a": (D, 2),
+        "layers/0/attn/k_proj/w_lora_a": (D, 2),
+        "layers/0/attn/v_proj/w_lora_a": (D, 2),
+        "layers/0/attn/o_proj/w_lora_a": (N, H, 2),
+    }
+    assert found["layers/0/attn/q_proj/w_lora_b"].shape == (2, N, H)
+    assert found["layers/0/attn/o_proj/w_lora_b"].shape == (2, D)
+    assert found["layers/0/mlp/gate_proj/kernel_lora_b"].shape == (2, F)
+
+
+def test_gemma_fuses_k_with_v_and_gate_with_up(tmp_path: Path) -> None:
+    adapter = decoder(1)
+    found = leaves(write(adapter, tmp_path / "flax", "flax-gemma", naming="gemma", head_dim=H))
+    assert {name: leaf.shape for name, leaf in found.items()} == {
+        "layer_0/attn/q_einsum/_LoRAEinsum_0/lora/a": (D, 2),
+        "layer_0/attn/q_einsum/_LoRAEinsum_0/lora/b": (2, N, H),
+        "layer_0/attn/kv_einsum/_LoRAEinsum_0/lora/a": (D, 4),
+        "layer_0/attn/kv_einsum/_LoRAEinsum_0/lora/b": (4, 2, K, H),
+        "layer_0/attn/attn_vec_einsum/_LoRAEinsum_0/lora/a": (N, H, 2),
+        "layer_0/attn/attn_vec_einsum/_LoRAEinsum_0/lora/b": (2, D),
+        "layer_0/mlp/_LoRAEinsum_gating_einsum/lora/a": (D, 4),
+        "layer_0/mlp/_LoRAEinsum_gating_einsum/lora/b": (4, 2, F),
+        "layer_0/mlp/_LoRAEinsum_linear/lora/a": (F, 2),
+        "layer_0/mlp/_LoRAEinsum_linear/lora/b": (2, D),
+    }
+    a, b = (found[f"layer_0/attn/kv_einsum/_LoRAEinsum_0/lora/{name}"].astype(np.float64) for name in "ab")
+    fused = np.einsum("dr,rckh->cdkh", a, b)
+    for part, name in enumerate(("k_proj", "v_proj")):
+        wanted = delta(adapter, f"model.layers.0.self_attn.{name}").reshape(D, K, H)
+        np.testing.assert_allclose(fused[part], wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_a_fused_leaf_that_was_trained_further_is_read_at_its_full_rank(tmp_path: Path) -> None:
+    """Once the zero blocks are filled, k and v can no longer be told apart by rank."""
+    folder = write(decoder(1), tmp_path / "flax", "flax-gemma", naming="gemma", head_dim=H)
+    tree = serialization.msgpack_restore((folder / "flax_adapter.msgpack").read_bytes())
+    leaf = tree["layer_0"]["attn"]["kv_einsum"]["_LoRAEinsum_0"]["lora"]
+    leaf["b"] = np.random.default_rng(0).normal(size=leaf["b"].shape).astype(np.float32)
+    (folder / "flax_adapter.msgpack").write_bytes(serialization.to_bytes(tree))
+    adapter = adaptertools.read(folder)
+    fused = np.einsum("dr,rckh->cdkh", leaf["a"].astype(np.float64), leaf["b"].astype(np.float64))
+    for part, name in enumerate(("k_proj", "v_proj")):
+        read = modules_of(adapter)[f"model.layers.0.self_attn.{name}"]
+        assert read.rank == 4
+        got = delta(adapter, f"model.layers.0.self_attn.{name}").reshape(D, K, H)
+        np.testing.assert_allclose(got, fused[part], rtol=1e-12, atol=1e-12)
+
+
+def test_parts_and_layers_that_the_adapter_lacks_are_zero_and_do_not_come_back(tmp_path: Path) -> None:
+    kept = [m for m in decoder(3).modules if ".1." not in m.target.parameter and "v_proj" not in m.target.parameter]
+    adapter = Adapter(modules=tuple(kept))
+    for options in ({"naming": "gemma", "head_dim": H}, {"naming": "gemma", "head_dim": H, "scan_axis": 0}):
+        report = adaptertools.write(adapter, tmp_path / "flax", format="flax-gemma", overwrite=True, **options)
+        assert any("are zero there" in note for note in report.notes)
+        assert_identical(adapter, adaptertools.read(tmp_path / "flax"))
+    stacked = leaves(tmp_path / "flax")["layer/attn/kv_einsum/_LoRAEinsum_0/lora/b"]
+    assert stacked.shape == (3, 2, 2, K, H)
+    assert not stacked[1].any()
+    assert not stacked[:, :, 1].any()
+
+
+def test_layers_of_different_rank_share_a_stack(tmp_path: Path) -> None:
+    modules = tuple(module(f"layers.{i}.fc", 4, 3, rank=rank, alpha=2 * rank) for i, rank in enumerate((2, 5, 1)))
+    adapter = Adapter(modules=modules)
+    folder = write(adapter, tmp_path / "flax", "flax-qwix", scan_axis=1)
+    assert {name: leaf.shape for name, leaf in leaves(folder).items()} == {
+        "layers/fc/kernel_lora_a": (4, 3, 5),
+        "layers/fc/kernel_lora_b": (5, 3, 3),
+    }
+    assert_identical(adapter, adaptertools.read(folder))
+
+
+def permute_as_maxtext(kernel: np.ndarray) -> np.ndarray:
+    """What MaxText's import does to the last axis of a query or key kernel (D, heads, head_dim)."""
+    first, second = np.split(kernel, 2, axis=-1)
+    turned = np.empty_like(kernel)
+    turned[..., ::2], turned[..., 1::2] = first, second
+    return turned
+
+
+@pytest.mark.parametrize("scan_axis", [None, 1])
+def test_llama_31_in_maxtext_has_its_rows_and_query_scale(scan_axis: int | None, tmp_path: Path) -> None:
+    adapter = decoder(2)
+    report = adaptertools.write(
+        adapter, tmp_path / "flax", format="flax-qwix", naming="maxtext", scan_axis=scan_axis, arch="llama3.1", head_dim=H
+    )
+    assert report.max_relative_error < 6e-8
+    found = leaves(tmp_path / "flax")
+    for layer in range(2):
+        for name, path, scale in (("q", "query", H**-0.5), ("k", "key", 1.0), ("v", "value", 1.0)):
+            wanted = delta(adapter, f"model.layers.{layer}.self_attn.{name}_proj").reshape(D, -1, H) * scale
+            wanted = wanted if name == "v" else permute_as_maxtext(wanted)
+            home = "decoder/layers" if scan_axis else f"decoder/layers_{layer}"
+            a, b = (
+                np.asarray(found[f"{home}/self_attention/{path}/kernel_lora_{which}"], np.float64) for which in "ab"
+            )
+            a, b = (a[:, layer], b[:, layer]) if scan_axis else (a, b)
+            np.testing.assert_allclose(2 * (a @ b).reshape(wanted.shape), wanted, rtol=1e-6, atol=1e-6)
+    for source in ("with its sidecar", "without"):
+        path, options = tmp_path / "flax", {}
+        if source == "without":
+            path = tmp_path / "bare.msgpack"
+            path.write_bytes((tmp_path / "flax" / "flax_adapter.msgpack").read_bytes())
+            options = {"alpha": 4, "arch": "llama3.1", "head_dim": H}
+        back = adaptertools.read(path, **options)
+        for name in modules_of(adapter):
+            np.testing.assert_allclose(delta(back, name), delta(adapter, name), rtol=1e-6, atol=1e-6)
+
+
+def test_maxtext_is_read_with_a_word_about_llama_31(tmp_path: Path) -> None:
+    write(decoder(1), tmp_path / "flax", "flax-qwix", naming="maxtext")
+    (tmp_path / "bare.msgpack").write_bytes((tmp_path / "flax" / "flax_adapter.msgpack").read_bytes())
+    assert any("arch=llama3.1" in note for note in adaptertools.read(tmp_path / "bare.msgpack", alpha=4).notes)
+    assert not adaptertools.read(tmp_path / "flax").notes
+
+
+def test_the_layer_prefix_is_found_when_writing_and_given_when_reading(tmp_path: Path) -> None:
+    prefix = "model.language_model.layers"
+    adapter = decoder(2, prefix)
+    folder = write(adapter, tmp_path / "flax", "flax-qwix", naming="tunix-gemma", head_dim=H)
+    assert_identical(adapter, adaptertools.read(folder))
+    assert_identical(decoder(2), adaptertools.read(folder, layer_prefix="model.layers"))
+    bare = tmp_path / "bare.msgpack"
+    bare.write_bytes((folder / "flax_adapter.msgpack").read_bytes())
+    assert set(modules_of(adaptertools.read(bare, alpha=4))) == set(modules_of(decoder(2)))
+    assert set(modules_of(adaptertools.read(bare, alpha=4, layer_prefix=prefix))) == set(modules_of(adapter))
+
+
+def test_two_towers_need_to_be_told_apart(tmp_path: Path) -> None:
+    both = (*decoder(1, "model.language_model.layers").modules, *decoder(1, "model.vision.layers").modules)
+    with pytest.raises(OptionError, match=r"language_model.*vision.*layer_prefix"):
+        write(Adapter(modules=both), tmp_path / "flax", "flax-qwix", naming="tunix-llama", head_dim=H)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "format", "options", "error", "message"),
+    [
+        (decoder(1), "flax-qwix", {"naming": "tunix-llama"}, OptionError, "give head_dim"),
+        (decoder(1), "flax-qwix", {"naming": "tunix-llama", "head_dim": 7}, ShapeError, "heads of head_dim 7"),
+        (decoder(1), "flax-qwix", {"naming": "tunix-llama", "head_dim": 0}, OptionError, "head_dim is 0"),
+        (decoder(1), "flax-qwix", {"naming": "gemma"}, OptionError, "unknown naming 'gemma'"),
+        (decoder(1), "flax-qwix", {"arch": "llama3.1"}, OptionError, "naming=maxtext"),
+        (decoder(1), "flax-qwix", {"naming": "maxtext", "arch": "gemma"}, OptionError, "only llama3.1"),
+        (decoder(1), "flax", {"scan_axis": 2}, OptionError, "expected 0 or 1"),
+        (Adapter(modules=(module("score", 4, 3),)), "flax-gemma", {"naming": "gemma"}, UnsupportedFeatureError, "no place"),
+        (Adapter(modules=(module("a/b", 4, 3),)), "flax", {}, UnsupportedFeatureError, "no path in a tree"),
+        (Adapter(modules=(module("a..b", 4, 3),)), "flax", {}, UnsupportedFeatureError, "no path in a tree"),
+        (
+            Adapter(modules=(module("a", 4, 3, dtype=torch.float64),)),
+            "flax",
+            {},
+            UnsupportedFeatureError,
+            "f64.*--dtype",
+        ),
+        (
+            Adapter(modules=(module("layers.0.fc", 4, 3), module("layers.1.fc", 5, 3))),
+            "flax",
+            {"scan_axis": 0},
+            ShapeError,
+            "input sizes differ",
+        ),
+        (
+            Adapter(modules=(module("layers.0.a", 4, 3), module("layers.2.b", 4, 3))),
+            "flax",
+            {"scan_axis": 0},
+            OptionError,
+            "num_layers",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_what_to_do(
+    adapter: Adapter, format: str, options: dict[str, Any], error: type[Exception], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=message):
+        write(adapter, tmp_path / "flax", format, **options)
+    assert not (tmp_path / "flax").exists()
+
+
+def test_a_component_is_kept_and_may_not_hide_another_module(tmp_path: Path) -> None:
+    inner = Target(parameter="mid.fc", component="unet")
+    adapter = Adapter(
+        modules=(module("fc", 4, 3), LoraModule(target=inner, lora_A=torch.ones(2, 4), lora_B=torch.ones(3, 2), alpha=2)),
+        bases={"": Base(id="org/text"), "unet": Base(id="org/unet")},
+    )
+    assert_identical(adapter, adaptertools.read(write(adapter, tmp_path / "flax")))
+    clash = Adapter(modules=(*adapter.modules, module("unet.mid.fc", 4, 3)))
+    with pytest.raises(DuplicateTargetError, match=r"unet\.mid\.fc"):
+        write(clash, tmp_path / "clash")
+
+
+def test_a_naming_that_has_no_such_path_says_so(tmp_path: Path) -> None:
+    folder = write(decoder(1), tmp_path / "flax", "flax-qwix")
+    with pytest.raises(UnclaimedTensorError, match="no path of the naming maxtext"):
+        adaptertools.read(folder, naming="maxtext")
+    with pytest.raises(OptionError, match="unknown naming"):
+        adaptertools.read(folder, naming="gemma")
+
+
+def test_everything_else_that_an_adapter_says_comes_back(tmp_path: Path) -> None:
+    modules = (
+        module("a", 4, 3, alpha=16, transposed=True),
+        module("b", 4, 3, alpha=16.5, rank=3, scale_rule=ScaleRule.ALPHA_OVER_SQRT_RANK),
+        module("c", 4, 3, alpha=0.1, rank=1, scale_rule=ScaleRule.DIRECT),
+        module("d", 4, 3, alpha=0, transposed=False),
+        module("e", 4, 3, alpha=-8, shape=(3, 2, 2)),
+        LoraModule(
+            target=Target(parameter="lora_te_f", opaque=True), lora_A=torch.ones(2, 4), lora_B=torch.ones(3, 2), alpha=2
+        ),
+    )
+    adapter = Adapter(
+        modules=modules,
+        bases={"": Base(id="org/model", revision="0123", change="pissa")},
+        history=(HistoryEntry(operation="rescale", source="x", details={"alpha": 3}),),
+        metadata={"peft": {"task_type": "CAUSAL_LM", "target_modules": ["a", "b"]}},
+    )
+    for container in ("msgpack", "npz", "safetensors", "orbax"):
+        report = adaptertools.write(adapter, tmp_path / container, format="flax-qwix", container=container)
+        assert report.exact
+        assert any("pissa" in note for note in report.notes)
+        back = adaptertools.read(tmp_path / container)
+        assert_identical(adapter, back)
+        for before in modules:
+            after = modules_of(back)[str(before.target)]
+            assert (after.transposed, after.shape, after.target) == (before.transposed, before.shape, before.target)
+            assert type(after.alpha) is type(before.alpha)
+        assert back.metadata == adapter.metadata
+        assert back.history == adapter.history
+
+
+@given(
+    alpha=st.one_of(st.integers(-64, 64), st.floats(1e-3, 1e3)),
+    rule=st.sampled_from(list(ScaleRule)),
+    rank=st.integers(1, 4),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    format=st.sampled_from(["flax", "flax-gemma", "flax-qwix"]),
+)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_scale_comes_back_bit_for_bit_or_as_it_was_stored(
+    alpha: float, rule: ScaleRule, rank: int, dtype: torch.dtype, format: str, tmp_path: Path
+) -> None:
+    before = module("fc", 7, 9, rank=rank, alpha=alpha, scale_rule=rule, dtype=dtype)
+    tensors, sidecar = Adapter(modules=(before,)).to_state_dict(format=format)
+    (after,) = adaptertools.from_state_dict(tensors, sidecar, format=format).modules
+    assert torch.equal(after.lora_A, before.lora_A)
+    if after.scale_rule is ScaleRule.DIRECT and rule is not ScaleRule.DIRECT:
+        assert format != "flax-qwix"
+        assert after.alpha == 1.0
+        stored = tensors["fc/lora_b" if format == "flax" else "fc/lora/b"]
+        assert torch.equal(after.lora_B, stored.T)
+        wanted = before.lora_B.double() * before.scaling
+        torch.testing.assert_close(after.lora_B.double(), wanted, rtol=6e-8, atol=0)
+    elif (after.alpha, after.scale_rule) == (before.alpha, before.scale_rule):
+        assert torch.equal(after.lora_B, before.lora_B)
+        assert after.lora_B.dtype == dtype
+    else:
+        assert (after.alpha, after.scale_rule, rule) == (1.0, ScaleRule.DIRECT, ScaleRule.DIRECT)
+
+
+@given(
+    ranks=st.tuples(*[st.integers(1, 3)] * 3),
+    alphas=st.tuples(*[st.sampled_from([1.0, 2.0, 3.0, 4.0])] * 3),
+    shared=st.booleans(),
+    format=st.sampled_from([("flax-qwix", "tunix-gemma"), ("flax-gemma", "gemma")]),
+)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_fused_leaves_hold_the_delta_weight_of_every_part(
+    ranks: tuple[int, ...], alphas: tuple[float, ...], shared: bool, format: tuple[str, str], tmp_path: Path
+) -> None:
+    """Whatever the ranks, scales and lora_A of q, k and v: read from the bare tree, ΔW is what it was."""
+    modules = tuple(
+        module(f"model.layers.0.self_attn.{name}_proj", D, N * H, rank=ranks[0] if shared else rank, alpha=alpha, seed=s)
+        for s, (name, rank, alpha) in enumerate(zip("qkv", ranks, alphas, strict=True))
+    )
+    adapter = Adapter(modules=modules)
+    tensors, sidecar = adapter.to_state_dict(format=format[0], naming=format[1], head_dim=H)
+    assert len(tensors) == 2
+    rank = next(tensor.shape[0] for name, tensor in tensors.items() if name.endswith("b"))
+    scales = {m.scaling for m in modules}
+    alpha = {"alpha": rank * (scales.pop() if len(scales) == 1 else 1.0)} if format[0] == "flax-qwix" else {}
+    bare = adaptertools.from_state_dict(tensors, format=format[0], **alpha) if not alpha else None
+    if alpha:
+        np.savez(tmp_path / "bare.npz", **{name: tensor.numpy() for name, tensor in tensors.items()})
+        bare = adaptertools.read(tmp_path / "bare.npz", **alpha)
+    described = adaptertools.from_state_dict(tensors, sidecar, format=format[0])
+    for name in modules_of(adapter):
+        wanted = delta(adapter, name)
+        np.testing.assert_allclose(delta(bare, name), wanted, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(delta(described, name), wanted, rtol=1e-5, atol=1e-6)
+
+
+@given(data=st.data())
+@settings(max_examples=200, deadline=None)
+def test_a_sidecar_with_anything_in_it_is_read_or_refused_but_never_crashes(data: st.DataObject) -> None:
+    tensors, sidecar = decoder(1).to_state_dict(format="flax-gemma", naming="gemma", head_dim=H)
+    sidecar["modules"] = {"model.layers.0.mlp.down_proj": {"factor": 2.0}}
+    values = st.recursive(
+        st.one_of(st.none(), st.booleans(), st.integers(-3, 3), st.floats(allow_nan=True), st.text(max_size=4)),
+        lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=4), inner, max_size=3)),
+        max_leaves=4,
+    )
+    home = data.draw(st.sampled_from(["top", "modules", "scan", "bases"]))
+    special = ["factor", "restores", "rows", "absent", "lora_A_dtype", "transposed", "shape", "component", "scaling"]
+    if home == "top":
+        sidecar[data.draw(st.sampled_from(sorted({*sidecar, "bases", "scan", "arch", "head_dim"})))] = data.draw(values)
+    elif home == "modules":
+        sidecar["modules"]["model.layers.0.mlp.down_proj"][data.draw(st.sampled_from(special))] = data.draw(values)
+    else:
+        sidecar[home] = {data.draw(st.sampled_from(["axis", "at", "", "id"])): data.draw(values)}
+    try:
+        adaptertools.from_state_dict(tensors, sidecar, format="flax-gemma")
+    except adaptertools.AdapterToolsError:
+        pass
