@@ -1,6 +1,6 @@
 """tunix and the gemma library, of which only the models are wanted: their packages import whole training stacks.
 
-    pip install --no-deps google-tunix==0.1.7 gemma==3.3.0 jaxtyping==0.3.11 wadler-lindig==0.1.8 einops==0.8.2
+pip install --no-deps google-tunix==0.1.7 gemma==3.3.0 jaxtyping==0.3.11 wadler-lindig==0.1.8 einops==0.8.2
 """
 
 import importlib

@@ -42,7 +42,11 @@ def claims(path: Path) -> list[str]:
 
 
 PAIRS = {
-    "flax": [("fc/lora_a", "fc/lora_b"), ("fc/lora/lora_a", "fc/lora/lora_b"), ("params/fc/lora_A", "params/fc/lora_B")],
+    "flax": [
+        ("fc/lora_a", "fc/lora_b"),
+        ("fc/lora/lora_a", "fc/lora/lora_b"),
+        ("params/fc/lora_A", "params/fc/lora_B"),
+    ],
     "flax-qwix": [("fc/kernel_lora_a", "fc/kernel_lora_b"), ("q/lora_a.kernel", "q/lora_b.kernel")],
     "flax-gemma": [("lora/fc/lora/a", "lora/fc/lora/b"), ("params/fc/lora/a", "params/fc/lora/b")],
 }
@@ -88,7 +92,9 @@ def test_dotted_names_are_those_of_mlx_unless_the_header_says_flax(tmp_path: Pat
     folder = tmp_path / "mlx"
     folder.mkdir()
     save_file(flat, folder / "adapters.safetensors")
-    (folder / "adapter_config.json").write_text(json.dumps({"fine_tune_type": "lora", "lora_parameters": {"scale": 2.0}}))
+    (folder / "adapter_config.json").write_text(
+        json.dumps({"fine_tune_type": "lora", "lora_parameters": {"scale": 2.0}})
+    )
     np.savez(tmp_path / "adapters.npz", **flat)
     for path in (folder, folder / "adapters.safetensors", tmp_path / "adapters.npz"):
         assert claims(path) == []
@@ -143,7 +149,11 @@ def test_anything_else_that_is_no_factor_is_an_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("leaf", "reason"),
-    [("magnitude", "DoRA"), ("gating_einsum_lora_a_experts", "fork of openpi"), ("kernel_lora_einsum_str", "debugging string")],
+    [
+        ("magnitude", "DoRA"),
+        ("gating_einsum_lora_a_experts", "fork of openpi"),
+        ("kernel_lora_einsum_str", "debugging string"),
+    ],
 )
 def test_what_cannot_be_applied_is_refused_with_the_reason(leaf: str, reason: str, tmp_path: Path) -> None:
     tree = {"fc": {"kernel_lora_a": ones(4, 2), "kernel_lora_b": ones(2, 3), leaf: ones(2)}}
@@ -212,6 +222,6 @@ def test_a_module_named_like_a_wrapper_keeps_its_name(tmp_path: Path) -> None:
         LoraModule(target=Target(parameter=name), lora_A=torch.randn(2, 3), lora_B=torch.randn(3, 2), alpha=2)
         for name in names
     )
-    for format in FLAX:
-        folder = write(Adapter(modules=modules), tmp_path / format, format)
+    for name in FLAX:
+        folder = write(Adapter(modules=modules), tmp_path / name, name)
         assert set(modules_of(adaptertools.read(folder))) == set(names)

@@ -13,7 +13,9 @@ from adaptertools.containers.source import Source
 from adaptertools.formats import detect
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
-CASES = sorted(case.parent for name in ("flax", "flax_qwix", "flax_gemma") for case in (FIXTURES / name).glob("*/case.json"))
+CASES = sorted(
+    case.parent for name in ("flax", "flax_qwix", "flax_gemma") for case in (FIXTURES / name).glob("*/case.json")
+)
 
 
 def test_every_dialect_and_container_has_a_case() -> None:
@@ -32,7 +34,9 @@ def test_a_file_of_the_real_library_is_read_with_the_delta_weights_it_applies(ca
     for name, delta in expected.items():
         assert delta.abs().max() > 0.01
         # the library ran in float32, and on bfloat16 factors where it keeps those
-        torch.testing.assert_close(modules[name].delta_weight(), delta, atol=2e-6, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            modules[name].delta_weight(), delta, atol=2e-6, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.parent.name}/{case.name}")
@@ -51,5 +55,7 @@ def test_it_is_written_back_in_the_layout_it_was_read_in(case: Path, tmp_path: P
     assert before.keys() == after.keys()
     for name, module in before.items():
         for factor in ("lora_A", "lora_B"):
-            assert torch.equal(getattr(module, factor).float(), getattr(after[name], factor).float()), f"{name}.{factor}"
+            assert torch.equal(getattr(module, factor).float(), getattr(after[name], factor).float()), (
+                f"{name}.{factor}"
+            )
         assert module.scaling == after[name].scaling

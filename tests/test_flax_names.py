@@ -1,5 +1,6 @@
 """Name maps and layouts of the Flax formats: tunix, gemma and MaxText, fused and stacked, and what they refuse."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,9 @@ SIZES = {
 }
 
 
-def module(name: str, n_in: int, n_out: int, rank: int = 2, alpha: float = 4, seed: int = 0, **fields: Any) -> LoraModule:
+def module(
+    name: str, n_in: int, n_out: int, rank: int = 2, alpha: float = 4, seed: int = 0, **fields: Any
+) -> LoraModule:
     generator = torch.Generator().manual_seed(seed)
     dtype = fields.pop("dtype", torch.float32)
     return LoraModule(
@@ -141,6 +144,45 @@ def test_a_fused_leaf_that_was_trained_further_is_read_at_its_full_rank(tmp_path
         np.testing.assert_allclose(got, fused[part], rtol=1e-12, atol=1e-12)
 
 
+def test_a_fused_leaf_whose_scale_cannot_be_undone_still_gives_each_part_its_own_rank(tmp_path: Path) -> None:
+    modules = tuple(module(f"model.layers.0.mlp.{name}_proj", 300, 200, alpha=5, rank=3) for name in ("gate", "up"))
+    modules = (modules[0], module("model.layers.0.mlp.up_proj", 300, 200, alpha=7, rank=2, seed=1))
+    report = adaptertools.write(Adapter(modules=modules), tmp_path / "flax", format="flax-gemma", naming="gemma")
+    back = modules_of(adaptertools.read(tmp_path / "flax"))
+    for before in modules:
+        after = back[str(before.target)]
+        assert torch.equal(after.lora_A, before.lora_A)
+        wanted = before.lora_B.double() * before.scaling
+        error = ((after.lora_B.double() * after.scaling - wanted) / wanted).abs().max()
+        assert float(error) <= report.max_relative_error < 6e-8
+
+
+def test_a_dtype_that_was_asked_for_keeps_alpha_where_the_scale_can_be_undone(tmp_path: Path) -> None:
+    for alpha, kept in ((4, True), (5, False)):
+        before = module("fc", 7, 9, alpha=alpha)
+        write(Adapter(modules=(before,)), tmp_path / "flax", dtype="bf16", overwrite=True)
+        (after,) = adaptertools.read(tmp_path / "flax").modules
+        assert {after.lora_A.dtype, after.lora_B.dtype} == {torch.bfloat16}
+        assert torch.equal(after.lora_A, before.lora_A.bfloat16())
+        assert (after.alpha == alpha) is kept
+        if kept:
+            assert torch.equal(after.lora_B, before.lora_B.bfloat16())
+        else:
+            wanted = (before.lora_B.double() * before.scaling).bfloat16()
+            assert torch.equal(after.lora_B, wanted)
+
+
+def test_names_that_prove_no_family_are_taken_as_they_stand_with_a_word(tmp_path: Path) -> None:
+    mlp = [m for m in decoder(1).modules if "mlp" in m.target.parameter]
+    folder = write(Adapter(modules=tuple(mlp)), tmp_path / "flax", "flax-qwix", naming="tunix-llama")
+    bare = tmp_path / "bare.msgpack"
+    bare.write_bytes((folder / "flax_adapter.msgpack").read_bytes())
+    adapter = adaptertools.read(bare, alpha=4)
+    assert "layers.0.mlp.up_proj" in modules_of(adapter)
+    assert any("tunix-llama or tunix-gemma, give naming" in note for note in adapter.notes)
+    assert "model.layers.0.mlp.up_proj" in modules_of(adaptertools.read(bare, alpha=4, naming="tunix-llama"))
+
+
 def test_parts_and_layers_that_the_adapter_lacks_are_zero_and_do_not_come_back(tmp_path: Path) -> None:
     kept = [m for m in decoder(3).modules if ".1." not in m.target.parameter and "v_proj" not in m.target.parameter]
     adapter = Adapter(modules=tuple(kept))
@@ -177,7 +219,13 @@ def permute_as_maxtext(kernel: np.ndarray) -> np.ndarray:
 def test_llama_31_in_maxtext_has_its_rows_and_query_scale(scan_axis: int | None, tmp_path: Path) -> None:
     adapter = decoder(2)
     report = adaptertools.write(
-        adapter, tmp_path / "flax", format="flax-qwix", naming="maxtext", scan_axis=scan_axis, arch="llama3.1", head_dim=H
+        adapter,
+        tmp_path / "flax",
+        format="flax-qwix",
+        naming="maxtext",
+        scan_axis=scan_axis,
+        arch="llama3.1",
+        head_dim=H,
     )
     assert report.max_relative_error < 6e-8
     found = leaves(tmp_path / "flax")
@@ -237,7 +285,13 @@ def test_two_towers_need_to_be_told_apart(tmp_path: Path) -> None:
         (decoder(1), "flax-qwix", {"arch": "llama3.1"}, OptionError, "naming=maxtext"),
         (decoder(1), "flax-qwix", {"naming": "maxtext", "arch": "gemma"}, OptionError, "only llama3.1"),
         (decoder(1), "flax", {"scan_axis": 2}, OptionError, "expected 0 or 1"),
-        (Adapter(modules=(module("score", 4, 3),)), "flax-gemma", {"naming": "gemma"}, UnsupportedFeatureError, "no place"),
+        (
+            Adapter(modules=(module("score", 4, 3),)),
+            "flax-gemma",
+            {"naming": "gemma"},
+            UnsupportedFeatureError,
+            "no place",
+        ),
         (Adapter(modules=(module("a/b", 4, 3),)), "flax", {}, UnsupportedFeatureError, "no path in a tree"),
         (Adapter(modules=(module("a..b", 4, 3),)), "flax", {}, UnsupportedFeatureError, "no path in a tree"),
         (
@@ -274,7 +328,10 @@ def test_what_does_not_fit_is_refused_with_what_to_do(
 def test_a_component_is_kept_and_may_not_hide_another_module(tmp_path: Path) -> None:
     inner = Target(parameter="mid.fc", component="unet")
     adapter = Adapter(
-        modules=(module("fc", 4, 3), LoraModule(target=inner, lora_A=torch.ones(2, 4), lora_B=torch.ones(3, 2), alpha=2)),
+        modules=(
+            module("fc", 4, 3),
+            LoraModule(target=inner, lora_A=torch.ones(2, 4), lora_B=torch.ones(3, 2), alpha=2),
+        ),
         bases={"": Base(id="org/text"), "unet": Base(id="org/unet")},
     )
     assert_identical(adapter, adaptertools.read(write(adapter, tmp_path / "flax")))
@@ -363,7 +420,9 @@ def test_fused_leaves_hold_the_delta_weight_of_every_part(
 ) -> None:
     """Whatever the ranks, scales and lora_A of q, k and v: read from the bare tree, ΔW is what it was."""
     modules = tuple(
-        module(f"model.layers.0.self_attn.{name}_proj", D, N * H, rank=ranks[0] if shared else rank, alpha=alpha, seed=s)
+        module(
+            f"model.layers.0.self_attn.{name}_proj", D, N * H, rank=ranks[0] if shared else rank, alpha=alpha, seed=s
+        )
         for s, (name, rank, alpha) in enumerate(zip("qkv", ranks, alphas, strict=True))
     )
     adapter = Adapter(modules=modules)
@@ -401,7 +460,5 @@ def test_a_sidecar_with_anything_in_it_is_read_or_refused_but_never_crashes(data
         sidecar["modules"]["model.layers.0.mlp.down_proj"][data.draw(st.sampled_from(special))] = data.draw(values)
     else:
         sidecar[home] = {data.draw(st.sampled_from(["axis", "at", "", "id"])): data.draw(values)}
-    try:
+    with contextlib.suppress(adaptertools.AdapterToolsError):
         adaptertools.from_state_dict(tensors, sidecar, format="flax-gemma")
-    except adaptertools.AdapterToolsError:
-        pass

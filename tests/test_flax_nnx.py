@@ -167,7 +167,9 @@ def test_scanned_nnx_layers_are_read_one_by_one(tmp_path: Path) -> None:
     (tmp_path / "lora.msgpack").write_bytes(serialization.to_bytes(tree))
     adapter = adaptertools.read(tmp_path / "lora.msgpack")
     assert list(modules_of(adapter)) == ["layers.0", "layers.1", "layers.2"]
-    expected = np.einsum("lir,lro->lio", *(np.asarray(tree["layers"][name], np.float64) for name in ("lora_a", "lora_b")))
+    expected = np.einsum(
+        "lir,lro->lio", *(np.asarray(tree["layers"][name], np.float64) for name in ("lora_a", "lora_b"))
+    )
     for index in range(3):
         np.testing.assert_allclose(delta(adapter, f"layers.{index}"), expected[index], rtol=1e-12)
 

@@ -1,4 +1,4 @@
-"""PEFT -> Flax -> PEFT with real PEFT at both ends: bit for bit where the scale can be undone, else within the error."""
+"""PEFT -> Flax -> PEFT, real PEFT at both ends: bit for bit where the scale can be undone, else within the error."""
 
 import json
 import warnings

@@ -11,7 +11,18 @@ import pytest
 import qwix
 import torch
 from flax import linen, nnx, serialization
-from flax_oracle import Layers, adapter_of, assert_identical, base_weight, delta, inputs, modules_of, output, peft_model, write
+from flax_oracle import (
+    Layers,
+    adapter_of,
+    assert_identical,
+    base_weight,
+    delta,
+    inputs,
+    modules_of,
+    output,
+    peft_model,
+    write,
+)
 from torch import nn
 
 import adaptertools
@@ -147,9 +158,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(N * H, D, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q, k, v = (
-            projection(x).unflatten(-1, (-1, H)) for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q, k, v = (projection(x).unflatten(-1, (-1, H)) for projection in (self.q_proj, self.k_proj, self.v_proj))
         mixed = q * (k * 2 + v).repeat_interleave(q.shape[-2] // k.shape[-2], dim=-2)
         output: torch.Tensor = self.o_proj(mixed.flatten(-2))
         return output
@@ -315,9 +324,7 @@ class LinenModel(linen.Module):
 
     @linen.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scanned = linen.scan(
-            LinenBlock, variable_axes={"params": self.axis}, split_rngs={"params": True}, length=3
-        )
+        scanned = linen.scan(LinenBlock, variable_axes={"params": self.axis}, split_rngs={"params": True}, length=3)
         output: jax.Array = scanned(name="layers")(x, None)[0]
         return output
 
@@ -363,7 +370,9 @@ def test_scanned_linen_layers_compute_what_the_single_layers_would(axis: int, tm
 def test_a_stack_whose_axis_shapes_do_not_tell_asks_for_it(tmp_path: Path) -> None:
     adapter = Adapter(
         modules=tuple(
-            LoraModule(target=Target(parameter=f"layers.{i}.fc"), lora_A=torch.randn(2, 2), lora_B=torch.randn(3, 2), alpha=2)
+            LoraModule(
+                target=Target(parameter=f"layers.{i}.fc"), lora_A=torch.randn(2, 2), lora_B=torch.randn(3, 2), alpha=2
+            )
             for i in range(2)
         )
     )

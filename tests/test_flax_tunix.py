@@ -1,7 +1,5 @@
 """The format flax-qwix against tunix itself: a Hugging Face model under PEFT and tunix's own model under qwix agree."""
 
-import importlib
-import warnings
 from pathlib import Path
 from typing import Any
 

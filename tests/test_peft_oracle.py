@@ -358,7 +358,8 @@ class Stored(nn.Module):
 
     def __init__(self, shapes: dict[str, list[int]], experts_are_transposed: bool) -> None:
         super().__init__()
-        for name, shape in shapes.items():
+        for name in sorted(shapes, reverse=True):  # gate_up_proj before down_proj, as in models of transformers
+            shape = shapes[name]
             *path, leaf = name.split(".")
             home: nn.Module = self
             for depth, part in enumerate(path):

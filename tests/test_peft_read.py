@@ -462,6 +462,16 @@ def test_nested_pairs_belong_to_parameters_in_the_order_of_registration() -> Non
     adapter = from_memory(tensors, expert_config("0.21.2", "down_proj", "gate_up_proj"))
     shapes = {module.target.parameter: module.weight_shape for module in adapter.modules}
     assert shapes == {"mlp.experts.gate_up_proj": (3, 8, 5), "mlp.experts.down_proj": (3, 5, 4)}
+    for order in (tensors, dict(reversed(tensors.items()))):
+        adapter = from_memory(order, expert_config("0.21.2", "gate_up_proj", "down_proj"))
+        assert adapter.metadata["peft"]["parameter_orders"] == [["gate_up_proj", "down_proj"]]
+    turned = from_memory(
+        {**stacks(4, 5, nesting=1), **stacks(5, 8)}, expert_config("0.21.2", "gate_up_proj", "down_proj")
+    )
+    assert {module.target.parameter: module.weight_shape for module in turned.modules} == shapes
+    assert turned.metadata["peft"]["parameter_orders"] == [["down_proj", "gate_up_proj"]]
+    assert "base_model.model.mlp.experts.base_layer.lora_A.weight" in turned.to_state_dict("peft")[0]
+    assert turned.to_state_dict("peft")[0]["base_model.model.mlp.experts.lora_A.weight"].shape == (6, 5)
     with pytest.raises(UnsupportedFeatureError, match="which pair"):
         from_memory(tensors, expert_config("0.21.2", "w1", "w2"))
     base = headers({"mlp.experts.w2": (3, 8, 5), "mlp.experts.w1": (3, 5, 4)}, "custom")

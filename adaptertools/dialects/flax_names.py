@@ -10,7 +10,7 @@ Source: google/tunix c7d8950, google-deepmind/gemma 7691fd4, AI-Hypercomputer/ma
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from adaptertools.errors import OptionError, UnclaimedTensorError, UnsupportedFeatureError
@@ -197,6 +197,11 @@ def infer_naming(paths: Iterable[Path], accepted: Iterable[str]) -> str:
         if any(place and ".".join(place.rule.path) not in place.rule.parts for place in places) and all(places):
             return known.name
     return "hf"
+
+
+def possible_namings(paths: Sequence[Path], accepted: Iterable[str]) -> list[str]:
+    """The namings under which every path has a place, whether or not the paths prove one."""
+    return [name for name in accepted if name in NAMINGS and all(NAMINGS[name].place(path) for path in paths)]
 
 
 def place_of(path: Path, chosen: Naming) -> Place:

@@ -19,6 +19,7 @@ from adaptertools.dialects.flax_names import (
     check_arch,
     infer_naming,
     naming,
+    possible_namings,
     query_or_key,
 )
 from adaptertools.dialects.flax_pack import unfold
@@ -80,12 +81,13 @@ def read(source: Source, request: Request) -> Adapter:
         for factors in unpacked
         for module in (_described(factors, sidecar) if sidecar else _foreign(factors, plan, scale))
     ]
+    possible = [] if request.naming else possible_namings([pair.path for pair in leaves], request.namings)
     return Adapter(
         modules=tuple(modules),
         bases=sidecar.bases if sidecar else {},
         history=read_history(found.file.metadata, sidecar.document if sidecar else None),
         metadata=sidecar.metadata if sidecar else {},
-        notes=merge_notes(notes, scale.notes if scale else (), _notes(plan, sidecar, modules)),
+        notes=merge_notes(notes, scale.notes if scale else (), _notes(plan, sidecar, modules, possible)),
         origin=Origin(
             format=request.format,
             container=found.file.container,
@@ -159,11 +161,11 @@ def _described(factors: Factors, sidecar: Sidecar) -> Iterator[LoraModule]:
             f"{factors.key}: the file has rank {own[1] - own[0]}, {sidecar.label} says {record.rank}. "
             "The sidecar belongs to another file"
         )
-    alpha, rule = record.alpha, record.rule
+    if apart:
+        lora_A = lora_A[slice(*own)].to(record.lora_A_dtype or lora_A.dtype)
+        lora_B = lora_B[:, slice(*own)]
     if apart and record.restores:
-        lora_A, lora_B = lora_A[slice(*own)], lora_B[:, slice(*own)]
-        lora_A = lora_A.to(record.lora_A_dtype or lora_A.dtype)
-        lora_B = _restored(lora_B, record)
+        lora_B, alpha, rule = _restored(lora_B, record), record.alpha, record.rule
     else:
         alpha, rule = (record.scaling / record.factor if record.factor else 1.0), ScaleRule.DIRECT
     yield LoraModule(
@@ -186,8 +188,10 @@ def _restored(lora_B: Tensor, record: Record) -> Tensor:
     return lora_B.to(dtype) if record.factor == 1.0 else unfold(lora_B, record.factor, dtype)
 
 
-def _notes(plan: _Plan, sidecar: Sidecar | None, modules: list[LoraModule]) -> list[str]:
+def _notes(plan: _Plan, sidecar: Sidecar | None, modules: list[LoraModule], possible: list[str]) -> list[str]:
     notes = []
+    if sidecar is None and plan.chosen is None and possible:
+        notes.append(f"the names are taken as they stand; if the model is of {' or '.join(possible)}, give naming")
     if plan.chosen is not None and plan.chosen.name == "maxtext" and plan.arch is None and sidecar is None:
         notes.append(
             "MaxText keeps q and k of Llama 3.1 in another row order: for that model, give arch=llama3.1 and head_dim"

@@ -13,7 +13,7 @@ what is written. Read in `tuners/lora/layer.py` (ParamWrapper) of those versions
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 
@@ -36,6 +36,8 @@ REGISTRATION_ORDER = (
     "down_proj_bias",
 )
 """The order in which models of transformers register these, and so the order in which PEFT nests its wrappers."""
+
+_GATED = ["gate_up_proj", "down_proj"]
 
 
 class _Layout(Enum):
@@ -91,19 +93,36 @@ def _in_order(
     if by_shape is not None:
         return by_shape
     if len(candidates) == len(members) and all(name in REGISTRATION_ORDER for name in candidates):
-        return sorted(candidates, key=REGISTRATION_ORDER.index)
+        order = sorted(candidates, key=REGISTRATION_ORDER.index)
+        return order[::-1] if order == _GATED and _is_reversed(*(_widths(group, path) for group in members)) else order
     raise UnsupportedFeatureError(
         f"{config.label}: {path} has {len(members)} pairs, target_parameters names {', '.join(candidates)} for it, and "
         "the keys do not say which pair belongs to which. The headers of the base model (--base) may tell"
     )
 
 
+def _widths(group: Group, label: str) -> tuple[int, int]:
+    lora_A, lora_B = paired(group, label)
+    return lora_A.shape[-1], lora_B.shape[0]
+
+
+def _is_reversed(inner: tuple[int, int], outer: tuple[int, int]) -> bool:
+    """Whether only the outer pair can be that of gate_up_proj, which has twice the width of down_proj's other side."""
+    return _gated_layout(inner, outer) is None and _gated_layout(outer, inner) is not None
+
+
+def _gated_layout(gate_up: tuple[int, int], down: tuple[int, int]) -> _Layout | None:
+    """How lora_A and lora_B stand if these are widths of gate_up_proj and down_proj; None if they cannot be."""
+    if gate_up == (down[1], 2 * down[0]):
+        return _Layout.PLAIN
+    return _Layout.EXCHANGED if gate_up == (2 * down[1], down[0]) else None
+
+
 def _by_shape(path: str, members: Sequence[Group], candidates: Sequence[str], base: BaseModel) -> list[str] | None:
     """The parameters by the one assignment that their shapes allow, if there is but one for each."""
     order = []
     for group in members:
-        lora_A, lora_B = paired(group, path)
-        sizes = sorted((lora_A.shape[-1], lora_B.shape[0]))
+        sizes = sorted(_widths(group, path))
         fits = [name for name in candidates if sorted((base.shape(f"{path}.{name}") or ())[-2:]) == sizes]
         if len(fits) != 1:
             return None
@@ -124,12 +143,12 @@ class _Stack:
     """of the parameter, where the base model is known"""
 
 
-def read_parameters(parameters: dict[str, str], groups: Sequence[Group], reading: Reading) -> list[LoraModule]:
-    """The modules of target_parameters.
+def read_parameters(parameters: dict[str, str], groups: Mapping[str, Group], reading: Reading) -> list[LoraModule]:
+    """The modules of target_parameters, those of one module from the inside out.
 
     Raises: UnsupportedFeatureError if the layout of experts cannot be told
     """
-    stacks = [_stack(group, parameters[group.path], reading) for group in groups]
+    stacks = [_stack(groups[path], parameter, reading) for path, parameter in parameters.items()]
     return [_read_stack(stack, stacks, reading) for stack in stacks]
 
 
@@ -231,7 +250,8 @@ def _gate_takes_intermediate(stack: _Stack, stacks: Sequence[_Stack]) -> bool:
     gate_up, down = pair.get("gate_up_proj"), pair.get("down_proj")
     if gate_up is None or down is None:
         return False
-    return gate_up.lora_A.shape[1] == 2 * down.lora_B.shape[0] and gate_up.lora_B.shape[0] == down.lora_A.shape[1]
+    widths = ((part.lora_A.shape[1], part.lora_B.shape[0]) for part in (gate_up, down))
+    return _gated_layout(*widths) is _Layout.EXCHANGED
 
 
 def registration_order(names: Sequence[str], known: Sequence[Sequence[str]], module: str) -> list[str]:

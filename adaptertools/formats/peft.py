@@ -24,6 +24,9 @@ Scaling is lora_alpha / r, or lora_alpha / √r with use_rslora. Rank and alpha 
 map of regular expressions, of which the first in the file that matches `^(.*\\.)?(KEY)$` counts; ranks are those of
 the tensors. ΔW = s · B A, transposed where the base weight is stored (in, out).
 
+Reading takes `adapter_name` (one of several adapters, in sub-folders or in keys) and `dora` (whether magnitudes count
+that the configuration denies). Writing takes `conv="svd"`, which factors loralib's convolutions anew.
+
 Read in huggingface/peft 0.21.2: `utils/save_and_load.py`, `utils/other.py`, `tuners/lora/`; earlier layouts in the
 versions that they belong to.
 """
@@ -162,7 +165,7 @@ def _settle_dora(contents: Contents, config: PeftConfig, wanted: bool | None) ->
 def _read_modules(groups: Sequence[Group], reading: Reading) -> list[LoraModule]:
     by_path = {group.path: group for group in groups}
     parameters = parameter_groups(groups, reading.config, reading.base)
-    modules = read_parameters(parameters, [group for group in groups if group.path in parameters], reading)
+    modules = read_parameters(parameters, by_path, reading)
     for path, group in by_path.items():
         if path in parameters:
             continue
