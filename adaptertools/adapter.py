@@ -3,6 +3,7 @@
 A module changes one base parameter by ΔW = scaling · B · A. Alpha and rank belong to the module, never to the adapter.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -94,12 +95,17 @@ class HistoryEntry:
 
     def to_json(self) -> dict[str, Any]:
         entry = {**self.details, "operation": self.operation, "source": self.source}
-        return {key: value for key, value in entry.items() if value is not None}
+        return {key: _plain(value) for key, value in entry.items() if value is not None}
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> Self:
         details = {key: value for key, value in entry.items() if key not in ("operation", "source")}
         return cls(operation=str(entry.get("operation", "unknown")), source=entry.get("source"), details=details)
+
+
+def _plain(value: Any) -> Any:
+    """JSON knows no infinity, and the error of a value that overflowed is infinite."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from flax import serialization, traverse_util
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
@@ -118,3 +119,46 @@ def assert_identical(one: Adapter, other: Adapter) -> None:
 
 def write(adapter: Adapter, folder: Path, format: str = "flax", **options: Any) -> Path:
     return adaptertools.write(adapter, folder, format=format, **options).path
+
+
+D, N, K, H, F = 8, 4, 2, 6, 10
+"""Features, query heads, key and value heads, size of a head, hidden features."""
+
+SIZES = {
+    "self_attn.q_proj": (D, N * H),
+    "self_attn.k_proj": (D, K * H),
+    "self_attn.v_proj": (D, K * H),
+    "self_attn.o_proj": (N * H, D),
+    "mlp.gate_proj": (D, F),
+    "mlp.up_proj": (D, F),
+    "mlp.down_proj": (F, D),
+}
+"""Input and output features of every module of a decoder layer."""
+
+
+def module(
+    name: str, n_in: int, n_out: int, rank: int = 2, alpha: float = 4, seed: int = 0, **fields: Any
+) -> LoraModule:
+    generator = torch.Generator().manual_seed(seed)
+    dtype = fields.pop("dtype", torch.float32)
+    return LoraModule(
+        target=Target(parameter=name),
+        lora_A=torch.randn(rank, n_in, generator=generator).to(dtype),
+        lora_B=torch.randn(n_out, rank, generator=generator).to(dtype),
+        alpha=alpha,
+        **fields,
+    )
+
+
+def decoder(layers: int = 3, prefix: str = "model.layers", **fields: Any) -> Adapter:
+    modules = [
+        module(f"{prefix}.{layer}.{name}", *size, seed=97 * layer + place, **fields)
+        for layer in range(layers)
+        for place, (name, size) in enumerate(SIZES.items())
+    ]
+    return Adapter(modules=tuple(modules), bases={"": Base(id="org/model", revision="abc")})
+
+
+def leaves(folder: Path) -> dict[str, np.ndarray]:
+    tree = serialization.msgpack_restore((folder / "flax_adapter.msgpack").read_bytes())
+    return {"/".join(path): leaf for path, leaf in traverse_util.flatten_dict(tree).items()}

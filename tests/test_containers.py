@@ -191,6 +191,8 @@ def test_a_container_is_told_by_content_and_not_by_suffix(container: str, tmp_pa
         b"\xef\xbb\xbftext",
         b"\x85",
         b"\x81\x01\x02",
+        b"\x81\x91\x80\x01",
+        b"\x81\x81\x80\x01\x02",
     ],
 )
 def test_other_files_are_no_container(head: bytes, tmp_path: Path) -> None:

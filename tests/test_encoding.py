@@ -3,14 +3,18 @@
 import math
 import time
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import adaptertools
+from adaptertools.adapter import Adapter
 from adaptertools.encoding import Encoder, fold_is_exact, measure, scale
 from adaptertools.errors import NonFiniteError
+from adaptertools.module import LoraModule, Target
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 FACTORS = (1.0, 2.0, 0.5, -4.0, 2.0**-20, 2.0**30, 2.5, 0.1, 1 / 3, 3.0, 0.0, 2.0**-140, 2.0**120)
@@ -184,3 +188,15 @@ def test_measuring_a_gigabyte_is_quick(factor: float, limit: float) -> None:
         measure("x", tensor, factor, torch.float32)
         best = min(best, time.perf_counter() - start)
     assert best < limit
+
+
+@pytest.mark.parametrize("format", ["peft", "loralib", "flax"])
+def test_an_infinite_error_is_written_into_the_history_of_every_format(format: str, tmp_path: Path) -> None:
+    module = LoraModule(
+        target=Target(parameter="layers.0.q_proj"), lora_A=torch.ones(2, 4), lora_B=torch.full((6, 2), 1e6), alpha=4.0
+    )
+    adapter = Adapter(modules=(module,))
+    report = adaptertools.write(adapter, tmp_path / "x", format=format, dtype="f16", allow_nonfinite=True)
+    assert report.max_relative_error == math.inf
+    (entry,) = adaptertools.read(report.path).history
+    assert entry.details["max_relative_error"] == "inf"

@@ -61,7 +61,7 @@ def sniff(path: Path, head: bytes) -> bool:
         key = unpacker.unpack()
         if isinstance(key, int):  # flax keeps whole numbers as keys, but not of bare numbers
             unpacker.read_map_header()
-    except (msgpack.UnpackException, ValueError):
+    except Exception:  # the library raises all sorts of errors on bytes that are not msgpack
         return False
     return isinstance(key, int) or (isinstance(key, str) and key.isprintable())
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adaptertools.containers.atomic import allocated, explained, sync_folder, write_text
+from adaptertools.containers.atomic import allocated, explained, sync_tree
 from adaptertools.containers.jsonfile import format_json, read_json
 from adaptertools.containers.tensorfile import TensorFile, check_count, check_growth, check_name, nested, parsing
 from adaptertools.errors import (
@@ -251,9 +251,9 @@ def write(
         for array, name in arrays.items():
             _write_array(path / array, tensors[name])
             advance(tensors[name].nbytes)
-        write_text(path / _TREE, format_json(tree))
-        write_text(path / _CHECKPOINT, format_json({"custom_metadata": dict(metadata)}))
-        sync_folder(path)
+        _write_json(path / _TREE, tree)
+        _write_json(path / _CHECKPOINT, {"custom_metadata": dict(metadata)})
+        sync_tree(path)
 
 
 def _write_array(folder: Path, tensor: Tensor | Deferred) -> None:
@@ -269,8 +269,13 @@ def _write_array(folder: Path, tensor: Tensor | Deferred) -> None:
         "order": "C",
         "dimension_separator": ".",
     }
-    write_text(folder / ".zarray", format_json(description))
+    _write_json(folder / ".zarray", description)
     chunk = ".".join("0" for _ in tensor.shape) or "0"
-    with allocated(folder / chunk, tensor.nbytes) as file:
+    with allocated(folder / chunk, tensor.nbytes, flush=False) as file:
         file.write(tensor_bytes(materialize(tensor)))
-    sync_folder(folder)
+
+
+def _write_json(path: Path, document: Mapping[str, Any]) -> None:
+    data = format_json(document).encode()
+    with allocated(path, len(data), flush=False) as file:
+        file.write(data)
