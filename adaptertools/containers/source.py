@@ -93,6 +93,20 @@ class Source:
         found = containers.identify(self.root / name)
         return found.NAME if found else None
 
+    @cached_property
+    def tensor_names(self) -> tuple[str, ...]:
+        """The names under which tensors stand, told by their first bytes; empty files count for nothing.
+
+        Raises: LfsPointerError
+        """
+        return tuple(name for name in self.file_names if name not in self.folders and self._holds_tensors(name))
+
+    def _holds_tensors(self, name: str) -> bool:
+        try:
+            return self.container(name) is not None
+        except EmptyFileError:
+            return False
+
     def tensors(self, name: str) -> TensorFile:
         """The tensors of one file.
 

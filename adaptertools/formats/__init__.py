@@ -28,7 +28,6 @@ from adaptertools.adapter import Adapter, Feature
 from adaptertools.containers.source import Source
 from adaptertools.errors import (
     AmbiguousFormatError,
-    EmptyFileError,
     OptionError,
     UnknownFormatError,
     UnsupportedFeatureError,
@@ -112,17 +111,10 @@ def check_features(adapter: Adapter, name: str) -> None:
 
 def _contents(source: Source) -> str:
     """What stands at a place that no format recognises, so that the user sees why."""
-    files = [name for name in source.file_names if name not in source.folders and _is_tensor_file(source, name)]
+    files = source.tensor_names
     if len(files) == 1:
         return f"its tensors are named like {_few(sorted(source.tensors(files[0]).tensors), 2)}"
     return f"tensor files: {_few(files)}" if files else "no tensor file"
-
-
-def _is_tensor_file(source: Source, name: str) -> bool:
-    try:
-        return source.container(name) is not None
-    except EmptyFileError:
-        return False
 
 
 def _few(items: Collection[str], most: int = 3) -> str:

@@ -73,8 +73,10 @@ _READ_FROM = ("safetensors", "torch", "memory")
 
 def detect(source: Source) -> bool:
     if source.is_folder:
-        if peft_files.is_adapter_folder(source) or peft_files.adapter_folders(source):
+        if peft_files.adapter_folders(source):
             return True
+        if peft_files.is_adapter_folder(source):  # without weights it is ours only where no other tensors stand there
+            return bool(peft_files.weight_files(source)) or not source.tensor_names
         if source.document(CONFIG) is not None:
             return False  # of MLX, AdapterHub and others, which use the same name
     names = [name for files in peft_files.weight_files(source)[:1] for name in files]
