@@ -135,6 +135,7 @@ def test_the_history_holds_the_operation_and_its_error(
     run("rescale", peft_folder, tmp_path / "new", "--alpha", "24")
     entry = adaptertools.read(tmp_path / "new").history[-1]
     assert entry.operation == "rescale"
+    assert entry.source == peft_folder.name
     assert entry.details["alpha"] == 24
     assert entry.details["keep"] == "delta"
     assert entry.details["exact"] is False

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -60,7 +61,8 @@ def rescale(adapter: Adapter, alpha: float, keep: Keep = "delta", *, allow_nonfi
         details["exact"] = all(result.exact for result in results)
         details["max_relative_error"] = max(result.error for result in results)
     rescaled = replace(adapter, modules=tuple(result.module for result in results))
-    return rescaled.then(HistoryEntry(operation="rescale", details=details))
+    source = Path(adapter.origin.label).name if adapter.origin else None
+    return rescaled.then(HistoryEntry(operation="rescale", source=source, details=details))
 
 
 def _check(adapter: Adapter, alpha: float, keep: str) -> None:
