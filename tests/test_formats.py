@@ -44,7 +44,7 @@ def assert_same_meaning(before: Adapter, after: Adapter, report: WriteReport) ->
     allowed = report.max_relative_error
     one, other = delta_weights(before), delta_weights(after)
     assert one.keys() == other.keys()
-    scales = {name: 0.0 for name in one}
+    scales = dict.fromkeys(one, 0.0)
     for module in before.modules:
         product = module.lora_B.double().abs() @ module.lora_A.double().abs() * abs(module.scaling)
         scales[module.target.parameter] = max(scales[module.target.parameter], float(product.max()))
@@ -80,9 +80,10 @@ def test_what_a_format_writes_it_reads_back(name: str, container: str, data: st.
     dst = tmp_path / "out" if formats.get(name).FOLDER else tmp_path / "out.bin"
     try:
         report = adaptertools.write(adapter, dst, format=name, container=container, overwrite=dst.exists())
-    except UnsupportedFeatureError as error:
-        assert adapter.features, f"plain linear modules were refused: {error}"
-        return
+    except UnsupportedFeatureError:
+        if adapter.features:  # some combinations, and PEFT's convolutions in loralib; never plain linear modules
+            return
+        raise
     assert formats.detect(Source(dst)) == name
     assert_same_meaning(adapter, adaptertools.read(dst), report)
     for key, tensor in adapter.named_tensors.items():

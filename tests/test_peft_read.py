@@ -19,7 +19,8 @@ from adaptertools import formats
 from adaptertools.adapter import Adapter, WeightRole
 from adaptertools.containers.jsonfile import format_json
 from adaptertools.containers.source import Source
-from adaptertools.dialects import peft_config, peft_files
+from adaptertools.dialects.peft import config as peft_config
+from adaptertools.dialects.peft import files as peft_files
 from adaptertools.errors import (
     AdapterToolsError,
     AmbiguousFormatError,

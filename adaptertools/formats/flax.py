@@ -2,7 +2,7 @@
 
     <path>/lora_a  (in, r)         <path>/lora_b  (r, out)
     flax_adapter.msgpack | .npz | .safetensors | .orbax/    the tree
-    flax_adapter.json                                       the sidecar, see dialects/flax_sidecar.py
+    flax_adapter.json                                       the sidecar, see dialects/flax/sidecar.py
 
 Scaling: nnx.LoRA computes x @ lora_a @ lora_b and has no scale, so ours is folded into lora_b. The sidecar keeps
 alpha, rank and rule; where dividing by the scale gives lora_B back bit for bit (powers of two, and narrow dtypes, whose
@@ -15,9 +15,11 @@ Source: flax/nnx/nn/lora.py and flax/serialization.py in flax 0.12.8
 
 from adaptertools.adapter import Adapter, Feature
 from adaptertools.containers.source import Source
-from adaptertools.dialects import flax_read, flax_source, flax_write
-from adaptertools.dialects.flax_sidecar import NAME, STEM, header
-from adaptertools.dialects.flax_tree import Dialect
+from adaptertools.dialects.flax import read as flax_read
+from adaptertools.dialects.flax import source as flax_source
+from adaptertools.dialects.flax import write as flax_write
+from adaptertools.dialects.flax.sidecar import NAME, STEM, header
+from adaptertools.dialects.flax.tree import Dialect
 from adaptertools.encoding import Encoder
 from adaptertools.formats import Artifact
 

@@ -12,9 +12,11 @@ Source: gemma/peft/_lora.py and gemma/gm/nn/_lora.py in google-deepmind/gemma 76
 
 from adaptertools.adapter import Adapter, Feature
 from adaptertools.containers.source import Source
-from adaptertools.dialects import flax_read, flax_source, flax_write
-from adaptertools.dialects.flax_sidecar import NAME, STEM, header
-from adaptertools.dialects.flax_tree import Dialect
+from adaptertools.dialects.flax import read as flax_read
+from adaptertools.dialects.flax import source as flax_source
+from adaptertools.dialects.flax import write as flax_write
+from adaptertools.dialects.flax.sidecar import NAME, STEM, header
+from adaptertools.dialects.flax.tree import Dialect
 from adaptertools.encoding import Encoder
 from adaptertools.formats import Artifact
 

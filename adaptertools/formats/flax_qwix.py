@@ -14,9 +14,11 @@ Source: qwix/_src/providers/lora.py at aa623ac, google/tunix c7d8950, AI-Hyperco
 
 from adaptertools.adapter import Adapter, Feature
 from adaptertools.containers.source import Source
-from adaptertools.dialects import flax_read, flax_source, flax_write
-from adaptertools.dialects.flax_sidecar import NAME, STEM, header
-from adaptertools.dialects.flax_tree import Dialect
+from adaptertools.dialects.flax import read as flax_read
+from adaptertools.dialects.flax import source as flax_source
+from adaptertools.dialects.flax import write as flax_write
+from adaptertools.dialects.flax.sidecar import NAME, STEM, header
+from adaptertools.dialects.flax.tree import Dialect
 from adaptertools.encoding import Encoder
 from adaptertools.formats import Artifact
 

@@ -53,10 +53,10 @@ from adaptertools.containers.history import read_history
 from adaptertools.containers.jsonfile import parse_object
 from adaptertools.containers.source import Source
 from adaptertools.containers.tensorfile import TensorFile
-from adaptertools.dialects.loralib_keys import adapter_file, adapter_files, sort_keys
-from adaptertools.dialects.loralib_layers import common_alpha, cut, slots_of
-from adaptertools.dialects.loralib_layout import Layout, LayoutOptions, settle
-from adaptertools.dialects.loralib_record import (
+from adaptertools.dialects.loralib.keys import adapter_file, adapter_files, sort_keys
+from adaptertools.dialects.loralib.layers import common_alpha, cut, slots_of
+from adaptertools.dialects.loralib.layout import Layout, LayoutOptions, settle
+from adaptertools.dialects.loralib.record import (
     LayerRecord,
     Record,
     building_notes,
@@ -64,7 +64,7 @@ from adaptertools.dialects.loralib_record import (
     parse_record,
     record_json,
 )
-from adaptertools.dialects.peft_base import BaseModel, Checkpoint
+from adaptertools.dialects.peft.base import BaseModel, Checkpoint
 from adaptertools.encoding import Encoder
 from adaptertools.errors import (
     ConfigError,

@@ -11,7 +11,7 @@ Keys are `base_model.model.` + module path + one of
     .lora_A.weight (r, in, *k)             .lora_B.weight (out, r, 1, …)            convolution in 1, 2 or 3 dimensions
     .lora_A.weight (r, E)                  .lora_B.weight (3E, r)                   nn.MultiheadAttention, in_proj, and
     .base_layer.out_proj.lora_A.weight     .base_layer.out_proj.lora_B.weight       its out_proj, which counts twice
-    [.base_layer].lora_A.weight (E·r, in)  [.base_layer].lora_B.weight (out, r·E)   target_parameters: peft_experts.py
+    [.base_layer].lora_A.weight (E·r, in)  [.base_layer].lora_B.weight (out, r·E)   target_parameters: peft/experts.py
     .lora_A.weight (n·r, in)               .lora_B.weight (n·out/L, c, 1)           enable_lora, before 0.3; read only
     .lora_magnitude_vector (out)           (1, out, 1, …) for convolutions          use_dora; also with `.weight`
     .lora_B.bias (out)                                                              lora_bias
@@ -37,16 +37,18 @@ from typing import Any
 from adaptertools.adapter import Adapter, Feature, Origin, merge_notes
 from adaptertools.containers.history import read_history
 from adaptertools.containers.source import Source
-from adaptertools.dialects import peft_config, peft_files, peft_keys
-from adaptertools.dialects.peft_base import BaseModel, Checkpoint
-from adaptertools.dialects.peft_config import PeftConfig
-from adaptertools.dialects.peft_experts import parameter_groups, read_parameters
-from adaptertools.dialects.peft_factors import layers
-from adaptertools.dialects.peft_keys import MAGNITUDE, Contents, Group
-from adaptertools.dialects.peft_layout import arrange
-from adaptertools.dialects.peft_modules import OUT_PROJ, Reading, read_attention, read_module
-from adaptertools.dialects.peft_weights import read_full_weights, read_row_weights, tied_copies
-from adaptertools.dialects.peft_write import (
+from adaptertools.dialects.peft import config as peft_config
+from adaptertools.dialects.peft import files as peft_files
+from adaptertools.dialects.peft import keys as peft_keys
+from adaptertools.dialects.peft.base import BaseModel, Checkpoint
+from adaptertools.dialects.peft.config import PeftConfig
+from adaptertools.dialects.peft.experts import parameter_groups, read_parameters
+from adaptertools.dialects.peft.factors import layers
+from adaptertools.dialects.peft.keys import MAGNITUDE, Contents, Group
+from adaptertools.dialects.peft.layout import arrange
+from adaptertools.dialects.peft.modules import OUT_PROJ, Reading, read_attention, read_module
+from adaptertools.dialects.peft.weights import read_full_weights, read_row_weights, tied_copies
+from adaptertools.dialects.peft.write import (
     build_config,
     check_uniform,
     factor_tensors,

@@ -19,10 +19,10 @@ from enum import Enum, auto
 
 from torch import Tensor
 
-from adaptertools.dialects.peft_base import BaseModel
-from adaptertools.dialects.peft_config import PeftConfig
-from adaptertools.dialects.peft_keys import Group
-from adaptertools.dialects.peft_modules import Reading, paired
+from adaptertools.dialects.peft.base import BaseModel
+from adaptertools.dialects.peft.config import PeftConfig
+from adaptertools.dialects.peft.keys import Group
+from adaptertools.dialects.peft.modules import Reading, paired
 from adaptertools.errors import ConfigError, ShapeError, UnsupportedFeatureError
 from adaptertools.module import Kind, LoraModule, Target
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from adaptertools.adapter import Adapter, LoraModule, ScaleRule
-from adaptertools.dialects import flax_sidecar
-from adaptertools.dialects.flax_layout import insert_layer, remove_layer
-from adaptertools.dialects.flax_names import (
+from adaptertools.dialects.flax import sidecar as flax_sidecar
+from adaptertools.dialects.flax.layout import insert_layer, remove_layer
+from adaptertools.dialects.flax.names import (
     LLAMA31,
     Naming,
     Path,
@@ -23,9 +23,9 @@ from adaptertools.dialects.flax_names import (
     naming,
     query_or_key,
 )
-from adaptertools.dialects.flax_pack import Packed, Part, Stack, pack
-from adaptertools.dialects.flax_sidecar import Record
-from adaptertools.dialects.flax_tree import Dialect
+from adaptertools.dialects.flax.pack import Packed, Part, Stack, pack
+from adaptertools.dialects.flax.sidecar import Record
+from adaptertools.dialects.flax.tree import Dialect
 from adaptertools.encoding import Encoder
 from adaptertools.errors import DuplicateTargetError, OptionError, UnsupportedFeatureError
 from adaptertools.names import join

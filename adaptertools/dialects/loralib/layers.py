@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from adaptertools.adapter import Kind, LoraModule, RowSlice, ScaleRule, Target
-from adaptertools.dialects.loralib_layout import Layout
+from adaptertools.dialects.loralib.layout import Layout
 from adaptertools.errors import ShapeError, UnsupportedFeatureError
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from adaptertools.adapter import Adapter, Base, Kind, LoraModule, ScaleRule, WeightRole
-from adaptertools.dialects.loralib_layout import Layout
+from adaptertools.dialects.loralib.layout import Layout
 from adaptertools.errors import ConfigError
 
 _CLASSES = {"Linear": Kind.LINEAR, "MergedLinear": Kind.LINEAR, "Embedding": Kind.EMBEDDING, "Conv2d": Kind.CONV}

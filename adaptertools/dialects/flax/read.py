@@ -10,9 +10,9 @@ from torch import Tensor
 from adaptertools.adapter import Adapter, LoraModule, Origin, ScaleRule, Target, merge_notes
 from adaptertools.containers.history import read_history
 from adaptertools.containers.source import Source
-from adaptertools.dialects import flax_source
-from adaptertools.dialects.flax_layout import Factors, Scan, join_halves, unpack
-from adaptertools.dialects.flax_names import (
+from adaptertools.dialects.flax import source as flax_source
+from adaptertools.dialects.flax.layout import Factors, Scan, join_halves, unpack
+from adaptertools.dialects.flax.names import (
     DEFAULT_LAYER_PREFIX,
     LLAMA31,
     Naming,
@@ -22,10 +22,10 @@ from adaptertools.dialects.flax_names import (
     possible_namings,
     query_or_key,
 )
-from adaptertools.dialects.flax_pack import unfold
-from adaptertools.dialects.flax_scale import Scale, foreign_scale
-from adaptertools.dialects.flax_sidecar import Record, Sidecar
-from adaptertools.dialects.flax_tree import Dialect, Pair, pairs
+from adaptertools.dialects.flax.pack import unfold
+from adaptertools.dialects.flax.scale import Scale, foreign_scale
+from adaptertools.dialects.flax.sidecar import Record, Sidecar
+from adaptertools.dialects.flax.tree import Dialect, Pair, pairs
 from adaptertools.errors import OptionError, ShapeError, UnsupportedFeatureError
 
 

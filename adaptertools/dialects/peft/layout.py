@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from adaptertools.dialects.peft_experts import registration_order
-from adaptertools.dialects.peft_factors import Layer
-from adaptertools.dialects.peft_keys import PREFIX
+from adaptertools.dialects.peft.experts import registration_order
+from adaptertools.dialects.peft.factors import Layer
+from adaptertools.dialects.peft.keys import PREFIX
 from adaptertools.errors import UnsupportedFeatureError
 from adaptertools.module import Kind
 from adaptertools.names import leaf, parent

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from adaptertools.containers.source import Source
-from adaptertools.dialects import peft_config
+from adaptertools.dialects.peft import config as peft_config
 from adaptertools.errors import (
     AdapterToolsError,
     AmbiguousFormatError,

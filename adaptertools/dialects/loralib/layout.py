@@ -12,7 +12,7 @@ from typing import Self
 from torch import Tensor
 
 from adaptertools.adapter import Kind
-from adaptertools.dialects.peft_base import BaseModel
+from adaptertools.dialects.peft.base import BaseModel
 from adaptertools.errors import ConfigError, EmptyFactorError, OptionError, ShapeError
 from adaptertools.names import leaf, matches
 

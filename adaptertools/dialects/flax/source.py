@@ -8,9 +8,9 @@ from adaptertools.containers.history import HEADER_KEY
 from adaptertools.containers.jsonfile import parse_object
 from adaptertools.containers.source import Source
 from adaptertools.containers.tensorfile import TensorFile
-from adaptertools.dialects import flax_sidecar
-from adaptertools.dialects.flax_sidecar import Sidecar
-from adaptertools.dialects.flax_tree import Dialect, certain, recognise
+from adaptertools.dialects.flax import sidecar as flax_sidecar
+from adaptertools.dialects.flax.sidecar import Sidecar
+from adaptertools.dialects.flax.tree import Dialect, certain, recognise
 from adaptertools.errors import AmbiguousFormatError, ConfigError, FileError, UnknownFormatError
 
 CONTAINERS = ("msgpack", "npz", "safetensors", "orbax")

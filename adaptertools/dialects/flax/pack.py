@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from adaptertools.adapter import LoraModule
-from adaptertools.dialects.flax_layout import interleave_halves
-from adaptertools.dialects.flax_names import Path, Rule
-from adaptertools.dialects.flax_sidecar import Record, is_power_of_two
+from adaptertools.dialects.flax.layout import interleave_halves
+from adaptertools.dialects.flax.names import Path, Rule
+from adaptertools.dialects.flax.sidecar import Record, is_power_of_two
 from adaptertools.encoding import Encoder, scale
 from adaptertools.errors import OptionError, ShapeError
 from adaptertools.tensors import Deferred

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adaptertools.dialects.flax_names import Naming, Path, Rule, module_name, place_of
-from adaptertools.dialects.flax_tree import Pair
+from adaptertools.dialects.flax.names import Naming, Path, Rule, module_name, place_of
+from adaptertools.dialects.flax.tree import Pair
 from adaptertools.errors import EmptyFactorError, ShapeError
 
 

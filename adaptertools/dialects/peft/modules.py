@@ -8,9 +8,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from adaptertools.dialects.peft_base import BaseModel
-from adaptertools.dialects.peft_config import PeftConfig
-from adaptertools.dialects.peft_keys import MAGNITUDE, Group
+from adaptertools.dialects.peft.base import BaseModel
+from adaptertools.dialects.peft.config import PeftConfig
+from adaptertools.dialects.peft.keys import MAGNITUDE, Group
 from adaptertools.errors import ConfigError, ShapeError, UnpairedFactorError, UnsupportedFeatureError
 from adaptertools.module import Kind, LoraModule, RowSlice, ScaleRule, Target
 

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from adaptertools.adapter import Adapter, WeightRole
-from adaptertools.dialects.peft_config import DEFAULTS
-from adaptertools.dialects.peft_factors import settle_alpha
-from adaptertools.dialects.peft_keys import MAGNITUDE, PREFIX, TOKENS
-from adaptertools.dialects.peft_layout import Layout
-from adaptertools.dialects.peft_patterns import anchored
+from adaptertools.dialects.peft.config import DEFAULTS
+from adaptertools.dialects.peft.factors import settle_alpha
+from adaptertools.dialects.peft.keys import MAGNITUDE, PREFIX, TOKENS
+from adaptertools.dialects.peft.layout import Layout
+from adaptertools.dialects.peft.patterns import anchored
 from adaptertools.encoding import Encoder
 from adaptertools.errors import UnsupportedFeatureError
 from adaptertools.module import Kind, ScaleRule

@@ -22,8 +22,8 @@ import torch
 
 from adaptertools.adapter import Adapter, Base, ScaleRule
 from adaptertools.containers.history import HEADER_KEY
-from adaptertools.dialects.flax_names import NAMINGS
-from adaptertools.dialects.flax_tree import Dialect
+from adaptertools.dialects.flax.names import NAMINGS
+from adaptertools.dialects.flax.tree import Dialect
 from adaptertools.errors import ConfigError
 from adaptertools.tensors import DTYPES, dtype_name
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from adaptertools.adapter import FullWeight, RowWeights, WeightRole
-from adaptertools.dialects.peft_config import PeftConfig
-from adaptertools.dialects.peft_keys import Contents, Group, without_base_layer
+from adaptertools.dialects.peft.config import PeftConfig
+from adaptertools.dialects.peft.keys import Contents, Group, without_base_layer
 from adaptertools.errors import ConfigError, EmptyFactorError, ShapeError
 from adaptertools.names import leaf, parent
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from adaptertools.adapter import Base
-from adaptertools.dialects.peft_patterns import Patterns, compile_pattern
+from adaptertools.dialects.peft.patterns import Patterns, compile_pattern
 from adaptertools.errors import ConfigError, MissingAlphaError, NotLoraError, OptionError, UnsupportedFeatureError
 from adaptertools.module import ScaleRule
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from adaptertools.adapter import ScaleRule
 from adaptertools.containers.source import Source
-from adaptertools.dialects.flax_source import Found
-from adaptertools.dialects.flax_tree import Dialect
+from adaptertools.dialects.flax.source import Found
+from adaptertools.dialects.flax.tree import Dialect
 from adaptertools.errors import ConfigError, MissingAlphaError
 
 _PEFT_CONFIG = "adapter_config.json"

@@ -1,0 +1,1 @@
+"""loralib: keys, slots of fused projections, and the record of what a file cannot say."""

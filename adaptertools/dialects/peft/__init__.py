@@ -1,0 +1,1 @@
+"""PEFT: configuration, key grammar, layouts of layers, and what stands where in a folder."""
