@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from adaptertools.errors import AdapterToolsError
     from adaptertools.operations.rescale import rescale
 
+__version__ = "0.1.0"
+
 _HOMES = {
     "Adapter": "adapter",
     "AdapterToolsError": "errors",

@@ -1,6 +1,7 @@
 """What several test files need: a small adapter, files of it, and the command line in-process."""
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from click.testing import CliRunner
 import adaptertools
 from adaptertools.adapter import Adapter, Base
 from adaptertools.module import LoraModule, Target
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # on a GPU jax multiplies in TF32 and takes most of the memory
 
 
 @dataclass(frozen=True)

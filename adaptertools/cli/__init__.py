@@ -17,6 +17,7 @@ from typing import Any
 
 import click
 
+from adaptertools import __version__
 from adaptertools.cli.options import names_in, wants_json
 from adaptertools.errors import AdapterToolsError, OptionError
 
@@ -98,7 +99,7 @@ def _one_line(message: str) -> str:
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
-@click.version_option(package_name="adaptertools", prog_name="adaptertools")
+@click.version_option(__version__, prog_name="adaptertools")
 def group() -> None:
     """Convert, rescale and inspect LoRA adapters."""
 
