@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adaptertools.tensors import Deferred, check_finite, dtype_name
+from adaptertools.tensors import Deferred, all_finite, check_finite, dtype_name
 
 _CHUNK = 1 << 15
 """Elements handled at once: float64 temporaries of this size stay in the processor's cache."""
@@ -55,10 +55,9 @@ class Encoder:
             self.losses.append(measure(name, tensor, factor, dtype))
 
         def compute() -> Tensor:
-            if not self.allow_nonfinite:
-                check_finite(name, tensor)
             folded = scale(tensor, factor, dtype).contiguous()
-            if not self.allow_nonfinite and (factor != 1.0 or folded.dtype != tensor.dtype):
+            if not self.allow_nonfinite and not all_finite(folded):
+                check_finite(name, tensor)  # if that is finite, the fold or the cast overflowed
                 check_finite(f"{name} as {dtype_name(dtype)}", folded)
             return folded
 

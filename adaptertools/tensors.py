@@ -2,7 +2,9 @@
 
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -51,6 +53,21 @@ def materialize(tensor: Tensor | Deferred) -> Tensor:
     promised, found = (tensor.shape, tensor.dtype), (tuple(computed.shape), computed.dtype)
     assert promised == found, f"a tensor of {promised} was promised, {found} was computed"
     return computed
+
+
+def computed(tensors: Iterable[Tensor | Deferred]) -> Iterator[Tensor]:
+    """The tensors themselves, in order; the next one is computed while the caller writes the one before.
+
+    Memory: two tensors
+    """
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        waiting: deque[Future[Tensor]] = deque()
+        for tensor in tensors:
+            waiting.append(pool.submit(materialize, tensor))
+            if len(waiting) > 1:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -29,7 +29,7 @@ from adaptertools.containers.tensorfile import (
     view,
 )
 from adaptertools.errors import DamagedFileError, EmptyFileError, UnsupportedFeatureError
-from adaptertools.tensors import Deferred, NamedTensors, materialize, tensor_bytes
+from adaptertools.tensors import Deferred, NamedTensors, computed, tensor_bytes
 
 NAME = "msgpack"
 SUFFIX = ".msgpack"
@@ -168,7 +168,7 @@ def write(
     Names are split at `/`; keys are sorted, as flax sorts them. A msgpack file has no header, so `metadata` is not
     written.
 
-    Memory: one tensor
+    Memory: two tensors
     Raises: DestinationError; UnsupportedFeatureError for dtypes and names that cannot be stored
     """
     for name, tensor in tensors.items():
@@ -179,12 +179,13 @@ def write(
             )
     pieces = list(_tree_layout(nested(str(path), tensors), ""))
     with allocated(path, sum(len(piece.head) + piece.stop - piece.start for piece in pieces)) as file:
+        names = dict.fromkeys(piece.name for piece in pieces if piece.name)
+        coming = computed(tensors[name] for name in names)
         current, data = "", memoryview(b"")
         for piece in pieces:
             file.write(piece.head)
             if piece.name and piece.name != current:
-                del data  # before the next tensor is computed
-                current, data = piece.name, tensor_bytes(materialize(tensors[piece.name]))
+                current, data = piece.name, tensor_bytes(next(coming))
             file.write(data[piece.start : piece.stop])
             advance(piece.stop - piece.start)
 

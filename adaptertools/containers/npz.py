@@ -21,7 +21,7 @@ from adaptertools.containers import ziparchive
 from adaptertools.containers.tensorfile import TensorFile, check_name, file_size, is_shape, map_file, parsing, view
 from adaptertools.containers.ziparchive import Member
 from adaptertools.errors import DamagedFileError, EmptyFileError, UnsafeFileError, UnsupportedFeatureError
-from adaptertools.tensors import Deferred, NamedTensors, materialize, tensor_bytes
+from adaptertools.tensors import Deferred, NamedTensors, computed, tensor_bytes
 
 NAME = "npz"
 SUFFIX = ".npz"
@@ -148,16 +148,16 @@ def write(
 
     An npz file has no header, so `metadata` is not written.
 
-    Memory: one tensor
+    Memory: two tensors
     Raises: DestinationError; UnsupportedFeatureError for a dtype that numpy does not have
     """
     headers = {check_name(str(path), name): _format_header(path, name, tensor) for name, tensor in tensors.items()}
     sizes = {name + _MEMBER_SUFFIX: len(headers[name]) + tensor.nbytes for name, tensor in tensors.items()}
     with ziparchive.create(path, sizes) as archive:
-        for name, tensor in tensors.items():
+        for name, tensor in zip(tensors, computed(tensors.values()), strict=True):
             with archive.member(name + _MEMBER_SUFFIX, sizes[name + _MEMBER_SUFFIX]) as append:
                 append(headers[name])
-                append(tensor_bytes(materialize(tensor)))
+                append(tensor_bytes(tensor))
             advance(tensor.nbytes)
 
 

@@ -28,7 +28,7 @@ from adaptertools.errors import (
     UnsafeFileError,
     UnsupportedFeatureError,
 )
-from adaptertools.tensors import Deferred, NamedTensors, materialize, tensor_bytes
+from adaptertools.tensors import NamedTensors, computed, tensor_bytes
 
 NAME = "orbax"
 SUFFIX = ".orbax"
@@ -248,15 +248,15 @@ def write(
     }
     with explained(path):
         path.mkdir()
-        for array, name in arrays.items():
-            _write_array(path / array, tensors[name])
-            advance(tensors[name].nbytes)
+        for array, tensor in zip(arrays, computed(tensors[name] for name in arrays.values()), strict=True):
+            _write_array(path / array, tensor)
+            advance(tensor.nbytes)
         _write_json(path / _TREE, tree)
         _write_json(path / _CHECKPOINT, {"custom_metadata": dict(metadata)})
         sync_tree(path)
 
 
-def _write_array(folder: Path, tensor: Tensor | Deferred) -> None:
+def _write_array(folder: Path, tensor: Tensor) -> None:
     folder.mkdir()
     description = {
         "zarr_format": 2,
@@ -272,7 +272,7 @@ def _write_array(folder: Path, tensor: Tensor | Deferred) -> None:
     _write_json(folder / ".zarray", description)
     chunk = ".".join("0" for _ in tensor.shape) or "0"
     with allocated(folder / chunk, tensor.nbytes, flush=False) as file:
-        file.write(tensor_bytes(materialize(tensor)))
+        file.write(tensor_bytes(tensor))
 
 
 def _write_json(path: Path, document: Mapping[str, Any]) -> None:

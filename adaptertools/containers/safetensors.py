@@ -26,7 +26,7 @@ from adaptertools.containers.tensorfile import (
     view,
 )
 from adaptertools.errors import DamagedFileError, EmptyFileError, UnsafeFileError, UnsupportedFeatureError
-from adaptertools.tensors import NamedTensors, materialize, tensor_bytes
+from adaptertools.tensors import NamedTensors, computed, tensor_bytes
 
 NAME = "safetensors"
 SUFFIX = ".safetensors"
@@ -150,7 +150,7 @@ def write(
 
     Wide dtypes stand first, so that every tensor is aligned.
 
-    Memory: one tensor
+    Memory: two tensors
     Raises: DestinationError; UnsupportedFeatureError for dtypes and names that cannot be stored
     """
     for name, tensor in tensors.items():
@@ -171,6 +171,6 @@ def write(
     text += b" " * (-len(text) % 8)
     with allocated(path, 8 + len(text) + end) as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
-            file.write(tensor_bytes(materialize(tensors[name])))
-            advance(tensors[name].nbytes)
+        for tensor in computed(tensors[name] for name in order):
+            file.write(tensor_bytes(tensor))
+            advance(tensor.nbytes)

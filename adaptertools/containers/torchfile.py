@@ -33,7 +33,7 @@ from adaptertools.errors import (
     UnsafeFileError,
     UnsupportedFeatureError,
 )
-from adaptertools.tensors import NamedTensors, materialize, tensor_bytes
+from adaptertools.tensors import NamedTensors, computed, tensor_bytes
 
 NAME = "torch"
 SUFFIX = ".bin"
@@ -191,7 +191,7 @@ def write(
 
     A torch file has no header, so `metadata` is not written.
 
-    Memory: one tensor
+    Memory: two tensors
     Raises: DestinationError; UnsupportedFeatureError for dtypes that cannot be stored
     """
     for name, tensor in tensors.items():
@@ -210,7 +210,7 @@ def write(
         for name, content in documents.items():
             with archive.member(name, len(content)) as append:
                 append(content)
-        for index, tensor in enumerate(tensors.values()):
+        for index, tensor in enumerate(computed(tensors.values())):
             with archive.member(f"{folder}/data/{index}", tensor.nbytes) as append:
-                append(tensor_bytes(materialize(tensor)))
+                append(tensor_bytes(tensor))
             advance(tensor.nbytes)

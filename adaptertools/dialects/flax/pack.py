@@ -119,6 +119,8 @@ def _leaf(
     dtype = reduce(torch.promote_types, (factor.dtype for _, factor in factors))
 
     def compute() -> Tensor:
+        if len(factors) == 1 and math.prod(factors[0][1].shape) == math.prod(whole):
+            return factors[0][1].compute().T.reshape(whole).contiguous()
         leaf = torch.zeros(whole, dtype=dtype)
         layers = leaf.unsqueeze(0) if stack.axis is None else leaf.movedim(stack.axis, 0)
         for part, factor in factors:
