@@ -159,7 +159,8 @@ def test_a_reader_that_goes_away_is_no_error_to_talk_about() -> None:
 
 
 _WAITS = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits that it is ignored
 from adaptertools import containers
 from adaptertools.cli import main
 

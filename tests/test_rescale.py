@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -323,3 +324,12 @@ def test_all_else_stays() -> None:
     assert rescaled.notes == adapter.notes
     assert adapter.modules[0].alpha == 16.0
     assert adapter.history == ()
+
+
+def test_both_projections_of_an_attention_become_stronger_alike() -> None:
+    """PEFT adds out_proj of an `nn.MultiheadAttention` twice; that is no matter of alpha."""
+    attention = adaptertools.read(Path(__file__).parents[1] / "fixtures" / "peft" / "attention")
+    alphas = {module.alpha for module in attention.modules}
+    assert len(alphas) == 1
+    stronger = adaptertools.rescale(attention, 2 * alphas.pop(), keep="weights")
+    assert stronger.history[-1].details["strength"] == 2.0

@@ -80,7 +80,7 @@ def read_attention(inner: Group, outer: Group, reading: Reading) -> list[LoraMod
     """Both projections of an `nn.MultiheadAttention`.
 
     PEFT adds the delta weight of out_proj twice, in forward as in merging (huggingface/peft#3774), so the adapter was
-    trained with twice the scaling.
+    trained with twice the weights. lora_B is doubled, not alpha: both projections have the alpha of the configuration.
     """
     path = inner.module_path
     alpha = reading.config.alpha_of(path)
@@ -90,7 +90,8 @@ def read_attention(inner: Group, outer: Group, reading: Reading) -> list[LoraMod
             raise UnsupportedFeatureError(f"{reading.config.label}: {group.path} is an attention with {sorted(extra)}")
     first, second = paired(inner, reading.config.label), paired(outer, reading.config.label)
     in_proj = _module(reading, f"{path}.in_proj_weight", *first, alpha, kind=Kind.PARAMETER, transposed=False)
-    out_proj = _module(reading, f"{path}.out_proj", *second, 2 * alpha, transposed=False)
+    lora_A, lora_B = second
+    out_proj = _module(reading, f"{path}.out_proj", lora_A, 2 * lora_B, alpha, transposed=False)
     _check_rank(replace(in_proj, target=Target(parameter=path)), reading.config)
     return [in_proj, out_proj]
 
