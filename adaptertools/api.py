@@ -12,6 +12,7 @@ from torch import Tensor
 from adaptertools import containers, formats
 from adaptertools.adapter import Adapter, HistoryEntry, merge_notes, parse_feature
 from adaptertools.containers import sidecar
+from adaptertools.containers.artifact import Artifact
 from adaptertools.containers.atomic import publish_files, publish_folder, staged, write_text
 from adaptertools.containers.checkpoint import Checkpoint
 from adaptertools.containers.history import header_strings
@@ -19,7 +20,7 @@ from adaptertools.containers.jsonfile import format_json
 from adaptertools.containers.source import Source
 from adaptertools.encoding import Encoder, Loss
 from adaptertools.errors import AdapterToolsError, AmbiguousFormatError, DestinationExistsError, OptionError
-from adaptertools.formats import Artifact, Format
+from adaptertools.formats import Format
 from adaptertools.operations.select import left_out, select
 from adaptertools.tensors import check_finite, materialize, parse_dtype
 

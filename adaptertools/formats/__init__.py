@@ -19,12 +19,12 @@ The keyword-only parameters of `read` and `write` are the format's options on th
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection
 from functools import cache
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 from adaptertools.adapter import Adapter, Feature
+from adaptertools.containers.artifact import Artifact
 from adaptertools.containers.source import Source
 from adaptertools.errors import (
     AmbiguousFormatError,
@@ -32,25 +32,6 @@ from adaptertools.errors import (
     UnknownFormatError,
     UnsupportedFeatureError,
 )
-from adaptertools.tensors import NamedTensors
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Artifact:
-    """What a format writes: one tensor file and the JSON documents beside it.
-
-    `stem` is the tensor file's name in a folder, without the container's suffix; it has no meaning for formats that are
-    one file. `documents` are keyed by file name, or by what is added to the file's name. `sidecar` is the key of the
-    document that carries the history where the container has no header for it. `notes` say what the user has to know
-    to use the result.
-    """
-
-    tensors: NamedTensors
-    stem: str
-    metadata: Mapping[str, str] = field(default_factory=dict)
-    documents: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    sidecar: str
-    notes: tuple[str, ...] = ()
 
 
 class Format(Protocol):

@@ -14,14 +14,14 @@ Source: flax/nnx/nn/lora.py and flax/serialization.py in flax 0.12.8
 """
 
 from adaptertools.adapter import Adapter, Feature
+from adaptertools.containers.artifact import Artifact
 from adaptertools.containers.source import Source
 from adaptertools.dialects.flax import read as flax_read
 from adaptertools.dialects.flax import source as flax_source
 from adaptertools.dialects.flax import write as flax_write
-from adaptertools.dialects.flax.sidecar import NAME, STEM, header
+from adaptertools.dialects.flax.sidecar import NAME
 from adaptertools.dialects.flax.tree import Dialect
 from adaptertools.encoding import Encoder
-from adaptertools.formats import Artifact
 
 SUMMARY = "Flax (nnx): flax_adapter.msgpack and flax_adapter.json; the scale is folded into lora_b"
 CONTAINERS = ("msgpack", "npz", "safetensors", "orbax")
@@ -100,12 +100,4 @@ def write(
         scan_at=scan_at,
         num_layers=num_layers,
     )
-    tree = flax_write.encode(adapter, encoder, layout, _NAMINGS)
-    return Artifact(
-        tensors=tree.leaves,
-        stem=STEM,
-        metadata=header(tree.sidecar) if container == "safetensors" else {},
-        documents={NAME: tree.sidecar},
-        sidecar=NAME,
-        notes=tree.notes,
-    )
+    return flax_write.encode(adapter, encoder, layout, _NAMINGS, container)

@@ -11,14 +11,14 @@ Source: gemma/peft/_lora.py and gemma/gm/nn/_lora.py in google-deepmind/gemma 76
 """
 
 from adaptertools.adapter import Adapter, Feature
+from adaptertools.containers.artifact import Artifact
 from adaptertools.containers.source import Source
 from adaptertools.dialects.flax import read as flax_read
 from adaptertools.dialects.flax import source as flax_source
 from adaptertools.dialects.flax import write as flax_write
-from adaptertools.dialects.flax.sidecar import NAME, STEM, header
+from adaptertools.dialects.flax.sidecar import NAME
 from adaptertools.dialects.flax.tree import Dialect
 from adaptertools.encoding import Encoder
-from adaptertools.formats import Artifact
 
 SUMMARY = "Flax for the gemma library: flax_adapter.msgpack and flax_adapter.json; the scale is folded into b"
 CONTAINERS = ("msgpack", "npz", "safetensors", "orbax")
@@ -104,12 +104,4 @@ def write(
         head_dim=head_dim,
         fuse_qkv=fuse_qkv,
     )
-    tree = flax_write.encode(adapter, encoder, layout, _NAMINGS)
-    return Artifact(
-        tensors=tree.leaves,
-        stem=STEM,
-        metadata=header(tree.sidecar) if container == "safetensors" else {},
-        documents={NAME: tree.sidecar},
-        sidecar=NAME,
-        notes=tree.notes,
-    )
+    return flax_write.encode(adapter, encoder, layout, _NAMINGS, container)

@@ -13,14 +13,14 @@ Source: qwix/_src/providers/lora.py at aa623ac, google/tunix c7d8950, AI-Hyperco
 """
 
 from adaptertools.adapter import Adapter, Feature
+from adaptertools.containers.artifact import Artifact
 from adaptertools.containers.source import Source
 from adaptertools.dialects.flax import read as flax_read
 from adaptertools.dialects.flax import source as flax_source
 from adaptertools.dialects.flax import write as flax_write
-from adaptertools.dialects.flax.sidecar import NAME, STEM, header
+from adaptertools.dialects.flax.sidecar import NAME
 from adaptertools.dialects.flax.tree import Dialect
 from adaptertools.encoding import Encoder
-from adaptertools.formats import Artifact
 
 SUMMARY = "Flax for qwix, tunix and MaxText: flax_adapter.msgpack and flax_adapter.json, which states alpha"
 CONTAINERS = ("msgpack", "npz", "safetensors", "orbax")
@@ -113,12 +113,4 @@ def write(
         fuse_qkv=fuse_qkv,
         arch=arch,
     )
-    tree = flax_write.encode(adapter, encoder, layout, _NAMINGS)
-    return Artifact(
-        tensors=tree.leaves,
-        stem=STEM,
-        metadata=header(tree.sidecar) if container == "safetensors" else {},
-        documents={NAME: tree.sidecar},
-        sidecar=NAME,
-        notes=tree.notes,
-    )
+    return flax_write.encode(adapter, encoder, layout, _NAMINGS, container)

@@ -49,6 +49,7 @@ from adaptertools.adapter import (
     merge_notes,
 )
 from adaptertools.containers import sidecar
+from adaptertools.containers.artifact import Artifact
 from adaptertools.containers.history import read_history
 from adaptertools.containers.jsonfile import parse_object
 from adaptertools.containers.source import Source
@@ -72,7 +73,6 @@ from adaptertools.errors import (
     MissingAlphaError,
     UnsupportedFeatureError,
 )
-from adaptertools.formats import Artifact
 from adaptertools.tensors import Deferred, combine
 
 SUMMARY = "microsoft/LoRA: the state dict of lora_state_dict"

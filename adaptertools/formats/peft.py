@@ -35,6 +35,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from adaptertools.adapter import Adapter, Feature, Origin, merge_notes
+from adaptertools.containers.artifact import Artifact
 from adaptertools.containers.history import read_history
 from adaptertools.containers.source import Source
 from adaptertools.dialects.peft import config as peft_config
@@ -58,7 +59,6 @@ from adaptertools.dialects.peft.write import (
 )
 from adaptertools.encoding import Encoder
 from adaptertools.errors import ConfigError, OptionError, UnsupportedFeatureError
-from adaptertools.formats import Artifact
 from adaptertools.module import LoraModule, ScaleRule
 from adaptertools.names import leaf, parent
 from adaptertools.tensors import natural_order

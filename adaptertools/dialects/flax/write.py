@@ -2,13 +2,14 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from adaptertools.adapter import Adapter, LoraModule, ScaleRule
+from adaptertools.containers.artifact import Artifact
 from adaptertools.dialects.flax import sidecar as flax_sidecar
 from adaptertools.dialects.flax.layout import insert_layer, remove_layer
 from adaptertools.dialects.flax.names import (
@@ -54,17 +55,8 @@ class Layout:
         return self.dialect is not Dialect.QWIX
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tree:
-    """What is written: leaves by path, the sidecar, and what the user has to know."""
-
-    leaves: Mapping[str, Deferred]
-    sidecar: Mapping[str, Any]
-    notes: tuple[str, ...]
-
-
-def encode(adapter: Adapter, encoder: Encoder, layout: Layout, accepted: Iterable[str]) -> Tree:
-    """The tree that holds an adapter.
+def encode(adapter: Adapter, encoder: Encoder, layout: Layout, accepted: Iterable[str], container: str) -> Artifact:
+    """The tree that holds an adapter, and the sidecar that explains it.
 
     Memory: one leaf when it is written; the values of what is folded are read once here
     Raises: UnsupportedFeatureError, OptionError, ShapeError
@@ -84,20 +76,24 @@ def encode(adapter: Adapter, encoder: Encoder, layout: Layout, accepted: Iterabl
             leaves[path] = leaf
         records |= packed.records
         packs.append((stack, packed))
-    return Tree(
-        leaves={"/".join(path): leaves[path] for path in sorted(leaves)},
-        sidecar=flax_sidecar.build(
-            adapter,
-            {key: records[key] for key in sorted(records, key=natural_order)},
-            dialect=layout.dialect,
-            folded=layout.folds,
-            dtype=str(Counter(leaf.dtype for leaf in leaves.values()).most_common(1)[0][0]).removeprefix("torch."),
-            naming=layout.naming,
-            layer_prefix=layout.layer_prefix,
-            head_dim=layout.head_dim,
-            arch=layout.arch,
-            scan=_scan(packs, layout),
-        ),
+    sidecar = flax_sidecar.build(
+        adapter,
+        {key: records[key] for key in sorted(records, key=natural_order)},
+        dialect=layout.dialect,
+        folded=layout.folds,
+        dtype=str(Counter(leaf.dtype for leaf in leaves.values()).most_common(1)[0][0]).removeprefix("torch."),
+        naming=layout.naming,
+        layer_prefix=layout.layer_prefix,
+        head_dim=layout.head_dim,
+        arch=layout.arch,
+        scan=_scan(packs, layout),
+    )
+    return Artifact(
+        tensors={"/".join(path): leaves[path] for path in sorted(leaves)},
+        stem=flax_sidecar.STEM,
+        metadata=flax_sidecar.header(sidecar) if container == "safetensors" else {},
+        documents={flax_sidecar.NAME: sidecar},
+        sidecar=flax_sidecar.NAME,
         notes=(*_changed_base(adapter), *(() if layout.folds else _lora_rules(packs)), *_filled(packs)),
     )
 
