@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from adaptertools.api import WriteReport, convert, from_state_dict, read, to_state_dict, write
     from adaptertools.errors import AdapterToolsError
     from adaptertools.operations.rescale import rescale
+    from adaptertools.operations.summary import summarize
 
 __version__ = "0.1.0"
 
@@ -27,6 +28,7 @@ _HOMES = {
     "from_state_dict": "api",
     "read": "api",
     "rescale": "operations.rescale",
+    "summarize": "operations.summary",
     "to_state_dict": "api",
     "write": "api",
 }
@@ -47,6 +49,7 @@ __all__ = [
     "from_state_dict",
     "read",
     "rescale",
+    "summarize",
     "to_state_dict",
     "write",
 ]

@@ -49,7 +49,7 @@ class WeightRole(StrEnum):
 class FullWeight:
     """A whole parameter that replaces that of the base model."""
 
-    weight: Tensor
+    weight: Tensor = field(repr=False)
     role: WeightRole = WeightRole.MODULE
 
 
@@ -61,7 +61,7 @@ class RowWeights:
     """
 
     indices: tuple[int, ...]
-    rows: Tensor
+    rows: Tensor = field(repr=False)
 
     def __post_init__(self) -> None:
         if self.rows.ndim != 2 or self.rows.shape[0] != len(self.indices):
@@ -162,6 +162,11 @@ class Adapter:
                 raise DuplicateTargetError(f"two modules change the same rows of {key[1]}")
             if len({piece.total for piece in slices}) > 1:
                 raise ShapeError(f"{key[1]}: its slices disagree about the rows of the whole weight")
+
+    def __repr__(self) -> str:
+        held = ", ".join(sorted(self.features)) or "nothing else"
+        where = f" from {self.origin.label} ({self.origin.format})" if self.origin else ""
+        return f"<Adapter{where}: {len(self.modules)} modules, {held}>"
 
     @property
     def features(self) -> frozenset[Feature]:

@@ -9,23 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptertools import containers, formats
+from adaptertools import formats
 from adaptertools.adapter import Adapter, HistoryEntry, merge_notes, parse_feature
-from adaptertools.containers import sidecar
 from adaptertools.containers.artifact import Artifact
-from adaptertools.containers.atomic import publish_files, publish_folder, staged, write_text
 from adaptertools.containers.checkpoint import Checkpoint
-from adaptertools.containers.history import header_strings
-from adaptertools.containers.jsonfile import format_json
 from adaptertools.containers.source import Source
+from adaptertools.destination import Progress, check_destination, default_container, store
 from adaptertools.encoding import Encoder, Loss
-from adaptertools.errors import AdapterToolsError, AmbiguousFormatError, DestinationExistsError, OptionError
-from adaptertools.formats import Format
+from adaptertools.errors import OptionError
 from adaptertools.operations.select import left_out, select
 from adaptertools.tensors import check_finite, materialize, parse_dtype
-
-Progress = Callable[[int, int], None]
-"""Called with the bytes done and the bytes in all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +81,9 @@ def from_state_dict(
 
     Raises: AdapterToolsError
     """
+    for key, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise OptionError(f"{key!r} is {type(tensor).__name__}, expected a torch.Tensor")
     module = formats.get(format)
     name = module.CONFIG if module.FOLDER else f"memory{module.CONFIG}"
     source = Source.in_memory(tensors, {name: config} if config is not None else {})
@@ -128,20 +124,21 @@ def write(
     `drop` names the features to give up where the format cannot carry them. `operation` is what made this adapter; it
     enters the history together with the error that writing added.
 
-    Memory: one tensor, beside the adapter itself
+    Memory: two tensors, beside the adapter itself
     Raises: UnsupportedFeatureError, NonFiniteError, DestinationExistsError, DestinationError
     """
     dst = Path(path)
     module = formats.get(format)
     check_destination(dst, module, overwrite)
     encoder = Encoder(_dtype(dtype), allow_nonfinite=allow_nonfinite)
-    kept = without(adapter, drop)
-    container = container or next(iter(module.CONTAINERS), "none")
+    kept, given_up = without(adapter, drop), [kind for kind in drop if adapter.holders(parse_feature(kind))]
+    container = container or default_container(module, dst)
     artifact = _encode(kept, format, encoder, container=container, options=options)
     history = [entry.to_json() for entry in kept.history]
-    if operation is not None or encoder.losses or drop:
-        history.append(_describe(operation or HistoryEntry(operation="write"), format, drop, encoder.losses))
-    nbytes = _store(artifact, module, container, dst, history, on_progress)
+    if operation is not None or encoder.losses or given_up:
+        history.append(_describe(operation or HistoryEntry(operation="write"), format, given_up, encoder.losses))
+    unheld = [f"nothing to drop: the adapter holds no {kind}" for kind in drop if kind not in given_up]
+    nbytes = store(artifact, module, container, dst, history, on_progress)
     return WriteReport(
         path=dst,
         format=format,
@@ -149,7 +146,7 @@ def write(
         nbytes=nbytes,
         modules=len(kept.modules),
         losses=tuple(encoder.losses),
-        notes=merge_notes(adapter.notes, artifact.notes),
+        notes=merge_notes(adapter.notes, artifact.notes, unheld),
         dropped=tuple(
             f"{feature}: {name}" for feature in map(parse_feature, drop) for name in adapter.holders(feature)
         ),
@@ -232,26 +229,6 @@ def option_types(function: Callable[..., Any], reserved: Collection[str]) -> dic
     return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in reserved}
 
 
-def check_destination(dst: Path, module: Format, overwrite: bool) -> None:
-    """Make sure that a result of this format may stand at `dst`.
-
-    Raises: DestinationExistsError
-    """
-    if not dst.exists() or (module.FOLDER and dst.is_dir() and not any(dst.iterdir())):
-        return
-    if dst.is_dir() != module.FOLDER:
-        wanted, found = ("folder", "file") if module.FOLDER else ("file", "folder")
-        raise DestinationExistsError(f"{dst} is a {found}, and this format is written as a {wanted}: give another name")
-    if not overwrite:
-        raise DestinationExistsError(f"{dst} exists. --overwrite replaces it")
-    try:
-        formats.detect(Source(dst))
-    except AmbiguousFormatError:
-        return
-    except AdapterToolsError as error:
-        raise DestinationExistsError(f"{dst} is no adapter, so it is not replaced: {error}") from error
-
-
 def _read(source: Source, name: str, given: Mapping[str, Any], options: Mapping[str, Any]) -> Adapter:
     module = formats.get(name)
     accepted = option_types(module.read, ())
@@ -275,43 +252,6 @@ def _encode(
             raise OptionError(f"writing {name} takes no {key!r}; it takes {', '.join(accepted) or 'no option'}")
     formats.check_features(adapter, name)
     return module.write(adapter, encoder, container=container or module.CONTAINERS[0], **options)
-
-
-def _store(
-    artifact: Artifact,
-    module: Format,
-    container: str,
-    dst: Path,
-    history: list[dict[str, Any]],
-    on_progress: Progress | None,
-) -> int:
-    """Write the files of an artifact beside `dst` and move them there. Returns the bytes of tensors written."""
-    total = sum(tensor.nbytes for tensor in artifact.tensors.values())
-    done = 0
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        if on_progress is not None:
-            on_progress(done, total)
-
-    metadata, documents = dict(artifact.metadata), {name: dict(doc) for name, doc in artifact.documents.items()}
-    if history and container == "safetensors":
-        metadata |= header_strings(history, metadata)
-    elif history:
-        documents.setdefault(artifact.sidecar, {})["history"] = history
-    with staged(dst) as staging:
-        weights = staging / (artifact.stem + containers.get(container).SUFFIX if module.FOLDER else dst.name)
-        containers.get(container).write(weights, artifact.tensors, metadata, advance)
-        if module.FOLDER:
-            for name, document in documents.items():
-                write_text(staging / name, format_json(document))
-            publish_folder(staging, dst, [pattern for name in formats.names() for pattern in formats.get(name).FILES])
-        else:
-            for suffix, document in documents.items():
-                write_text(staging / (dst.name + suffix), format_json(sidecar.bind(document, weights, dst)))
-            publish_files(staging, dst, [*(dst.name + suffix for suffix in documents), dst.name])
-    return total
 
 
 def _describe(operation: HistoryEntry, format: str, drop: Collection[str], losses: list[Loss]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """One adapted base parameter: its factors, its scaling, and the delta weight that they make."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal
 
@@ -123,16 +123,16 @@ class LoraModule:
     """
 
     target: Target
-    lora_A: Tensor
-    lora_B: Tensor
+    lora_A: Tensor = field(repr=False)
+    lora_B: Tensor = field(repr=False)
     alpha: float
     scale_rule: ScaleRule = ScaleRule.ALPHA_OVER_RANK
     kind: Kind = Kind.LINEAR
     shape: tuple[int, ...] | None = None
     transposed: bool | None = None
-    magnitude: Tensor | None = None
+    magnitude: Tensor | None = field(default=None, repr=False)
     magnitude_axis: Literal["out", "in"] = "out"
-    lora_bias: Tensor | None = None
+    lora_bias: Tensor | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         self._check_factors()

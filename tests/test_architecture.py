@@ -24,7 +24,7 @@ LAYERS = (
     {"linalg"},
     {"dialects"},
     {"formats", "operations", "merging"},
-    {"hub"},
+    {"hub", "destination"},
     {"api"},
     {"cli"},
 )

@@ -13,7 +13,7 @@ from adaptertools import formats
 from adaptertools.adapter import Adapter, Feature, LoraModule
 from adaptertools.api import WriteReport
 from adaptertools.containers.source import Source
-from adaptertools.errors import UnsupportedFeatureError
+from adaptertools.errors import DestinationExistsError, OptionError, UnsupportedFeatureError
 
 WRITABLE = [name for name in formats.names() if formats.get(name).CONTAINERS]
 COMBINATIONS = [(name, container) for name in WRITABLE for container in formats.get(name).CONTAINERS]
@@ -133,3 +133,47 @@ def sample(feature: Feature) -> Adapter:
     found: list[Adapter] = []
     _draw(found, feature)
     return found[-1]
+
+
+def test_overwriting_a_folder_leaves_what_belongs_to_other_adapters(tmp_path: Path) -> None:
+    adapter = sample(Feature.LORA_BIAS).without(Feature.LORA_BIAS)
+    adaptertools.write(adapter, tmp_path / "peft", format="peft")
+    adaptertools.write(adapter, tmp_path / "peft" / "other.bin", format="loralib")
+    adaptertools.write(adapter, tmp_path / "peft", format="peft", overwrite=True)
+    assert adaptertools.read(tmp_path / "peft" / "other.bin").modules
+
+
+def test_a_folder_of_adapters_is_no_adapter_to_overwrite(tmp_path: Path) -> None:
+    adapter = sample(Feature.LORA_BIAS).without(Feature.LORA_BIAS)
+    adaptertools.write(adapter, tmp_path / "many" / "one", format="peft")
+    with pytest.raises(DestinationExistsError, match="no file of an adapter"):
+        adaptertools.write(adapter, tmp_path / "many", format="peft", overwrite=True)
+    assert [entry.name for entry in (tmp_path / "many").iterdir()] == ["one"]
+
+
+@pytest.mark.parametrize("name", ["", ".", ".."])
+def test_the_current_folder_is_never_swapped(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = sample(Feature.LORA_BIAS).without(Feature.LORA_BIAS)
+    adaptertools.write(adapter, tmp_path / "here" / "below", format="peft")
+    monkeypatch.chdir(tmp_path / "here" / "below")
+    with pytest.raises(DestinationExistsError, match="the current folder"):
+        adaptertools.write(adapter, name, format="peft", overwrite=True)
+
+
+def test_the_name_of_a_file_chooses_its_container(tmp_path: Path) -> None:
+    adapter = sample(Feature.LORA_BIAS).without(Feature.LORA_BIAS)
+    report = adaptertools.write(adapter, tmp_path / "lora.safetensors", format="loralib")
+    assert report.container == "safetensors"
+
+
+def test_what_was_not_there_is_not_said_to_be_dropped(tmp_path: Path) -> None:
+    adapter = sample(Feature.LORA_BIAS).without(Feature.LORA_BIAS)
+    report = adaptertools.write(adapter, tmp_path / "out", format="peft", drop=["dora"])
+    assert report.dropped == ()
+    assert "nothing to drop: the adapter holds no dora" in report.notes
+    assert not adaptertools.read(tmp_path / "out").history
+
+
+def test_tensors_in_memory_must_be_tensors() -> None:
+    with pytest.raises(OptionError, match="expected a torch.Tensor"):
+        adaptertools.from_state_dict({"a": [1.0]}, {"peft_type": "LORA"}, format="peft")  # type: ignore[dict-item]
