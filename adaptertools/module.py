@@ -1,14 +1,22 @@
 """One adapted base parameter: its factors, its scaling, and the delta weight that they make."""
 
 import math
+import sys
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from adaptertools.errors import AdapterError, ConfigError, EmptyFactorError, ShapeError, UnsupportedFeatureError
+from adaptertools.errors import (
+    AdapterError,
+    ConfigError,
+    EmptyFactorError,
+    OptionError,
+    ShapeError,
+    UnsupportedFeatureError,
+)
 
 
 class ScaleRule(StrEnum):
@@ -307,6 +315,16 @@ class LoraModule:
             delta = whole
         oriented = delta.transpose(-1, -2) if self.transposed else delta
         return oriented if self.shape is None else oriented.reshape(self.shape)
+
+
+def check_alpha(alpha: Any) -> float:
+    """An alpha that a caller gives. Subnormal ones are refused too: divided by a rank they may become 0.
+
+    Raises: OptionError
+    """
+    if not _is_finite_number(alpha) or alpha < sys.float_info.min:
+        raise OptionError(f"alpha is {alpha!r:.40}, expected a positive number")
+    return float(alpha)
 
 
 def _is_finite_number(value: object) -> bool:

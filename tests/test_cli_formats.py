@@ -1,6 +1,7 @@
 """`adaptertools formats`."""
 
 import inspect
+import textwrap
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -33,6 +34,22 @@ def test_one_format_shows_its_options_and_its_grammar(name: str, run: Callable[.
     grammar = inspect.getdoc(formats.get(name))
     assert grammar
     assert grammar in ran.out
+
+
+@pytest.mark.parametrize("name", formats.names())
+def test_one_format_explains_its_options(name: str, run: Callable[..., Any]) -> None:
+    module = formats.get(name)
+    texts = {"reading": inspect.getdoc(module.read), "writing": inspect.getdoc(module.write)}
+    shown, document = run("formats", name).out, run("formats", name, "--json").json
+    for key, text in texts.items():
+        assert document[key] == (text or "")
+        assert textwrap.indent(text or "", "  ") in shown
+
+
+def test_the_options_of_maxtext_are_explained(run: Callable[..., Any]) -> None:
+    shown = run("formats", "flax-qwix").out
+    assert "`naming` is hf, " in shown
+    assert "`arch=llama3.1` with" in shown
 
 
 def test_json_lists_every_format(run: Callable[..., Any]) -> None:

@@ -1,5 +1,6 @@
 """The command line as a whole: help, exit codes, how errors look."""
 
+import errno
 import os
 import signal
 import statistics
@@ -85,6 +86,42 @@ def test_wrong_usage_exits_2(args: tuple[str, ...], run: Callable[..., Any]) -> 
     assert "Usage:" in ran.err
 
 
+@pytest.mark.parametrize(
+    ("args", "kind", "message"),
+    [
+        (("convert", "src", "dst", "--to", "nonsense"), "BadParameter", "'nonsense' is not one of 'flax'"),
+        (("convert", "src", "dst"), "MissingParameter", "Missing option '--to'. Choose from: flax, "),
+        (("convert",), "MissingParameter", "Missing argument 'SRC'."),
+        (("rescale", "src", "dst", "--alpha", "many"), "BadParameter", "'many' is not a valid float"),
+        (("inspect", "src", "--nonsense"), "NoSuchOption", "No such option '--nonsense'"),
+        (("nonsense",), "NoSuchCommand", "No such command 'nonsense'"),
+        (("--nonsense", "formats"), "NoSuchOption", "No such option '--nonsense'"),
+    ],
+    ids=str,
+)
+def test_with_json_wrong_usage_is_an_object_as_well(
+    args: tuple[str, ...], kind: str, message: str, run: Callable[..., Any]
+) -> None:
+    ran = run(*args, "--json")
+    assert ran.code == 2
+    said = ran.json["error"]
+    assert (said["type"], said["exit_code"]) == (kind, 2)
+    assert message in said["message"]
+    assert "\n" not in said["message"]
+    assert "Usage:" in ran.err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_says_what_quiet_leaves(command: str, run: Callable[..., Any]) -> None:
+    assert "Print nothing but errors and what --json asks for." in " ".join(run(command, "--help").out.split())
+
+
+def test_quiet_prints_nothing_but_json(peft_folder: Path, run: Callable[..., Any]) -> None:
+    for command in (("inspect", peft_folder), ("formats",)):
+        assert run(*command, "-q").out == ""
+        assert run(*command, "-q", "--json").json
+
+
 @pytest.fixture
 def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], None]:
     """Make `adaptertools formats` raise."""
@@ -158,6 +195,18 @@ def test_a_reader_that_goes_away_is_no_error_to_talk_about() -> None:
     program.wait()
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a file that is always full")
+@pytest.mark.parametrize("flags", [(), ("--json",)], ids=["text", "json"])
+@pytest.mark.parametrize("command", ["convert", "formats"])
+def test_a_full_stdout_is_one_line(command: str, flags: tuple[str, ...], peft_folder: Path, tmp_path: Path) -> None:
+    words = ["formats"] if command == "formats" else ["convert", peft_folder, tmp_path / "new", "--to", "flax"]
+    with open("/dev/full", "w") as full:
+        program = [sys.executable, "-m", "adaptertools", *map(str, words), *flags]
+        ran = subprocess.run(program, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert ran.returncode == 1
+    assert ran.stderr == f"Error: cannot write to standard output: {os.strerror(errno.ENOSPC)}\n"
+
+
 _WAITS = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits that it is ignored
@@ -188,6 +237,30 @@ def test_ctrl_c_ends_the_program_with_130(tmp_path: Path) -> None:
         _, said = program.communicate(timeout=60)
     assert program.returncode == 130
     assert said == b"Error: interrupted\n"
+
+
+_INTERRUPTED_EARLY = """
+import sys
+
+wanted, sys.argv[1] = sys.argv[1], "formats"
+
+class Finder:
+    def find_spec(self, name, *_):
+        if name == wanted:
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Finder())
+from adaptertools.cli import main
+main()
+"""
+"""The program, with Ctrl-C arriving while it imports what its argument names."""
+
+
+@pytest.mark.parametrize("module", ["click", "adaptertools.cli.options", "adaptertools.cli.formats", "torch"])
+def test_ctrl_c_during_an_import_ends_the_program_with_130(module: str) -> None:
+    ran = subprocess.run([sys.executable, "-c", _INTERRUPTED_EARLY, module], capture_output=True, text=True)
+    assert ran.returncode == 130
+    assert ran.stderr == "Error: interrupted\n"
 
 
 @pytest.mark.slow

@@ -48,10 +48,53 @@ def test_halving_loses_bits_in_f16_subnormals_and_says_so(
     adaptertools.write(tiny, tmp_path / "tiny", format="peft")
     ran = run("rescale", tmp_path / "tiny", tmp_path / "new", "--alpha", "32", "--json")
     assert ran.json["rescale"]["exact"] is True
-    assert {m.lora_B.dtype for m in adaptertools.read(tmp_path / "new").modules} == {torch.float32}
+    assert ran.json["exact"] is True
+    modules = adaptertools.read(tmp_path / "new").modules
+    assert {m.lora_B.dtype for m in modules} == {torch.float32}
+    assert ran.json["promoted"] == {f"{m.target}.lora_B": "f32" for m in modules}
+    shown = run("rescale", tmp_path / "tiny", tmp_path / "shown", "--alpha", "32")
+    assert "  promoted     4 tensors to f32\n" in shown.out
     ran = run("rescale", tmp_path / "tiny", tmp_path / "cast", "--alpha", "32", "--dtype", "f16", "--json")
     assert ran.json["exact"] is False
     assert ran.json["max_relative_error"] == pytest.approx(1 / 3)
+
+
+def test_nothing_is_called_promoted_that_kept_its_dtype(
+    peft_folder: Path, tmp_path: Path, run: Callable[..., Any]
+) -> None:
+    assert run("rescale", peft_folder, tmp_path / "new", "--alpha", "32", "--json").json["promoted"] == {}
+    assert "promoted" not in run("rescale", peft_folder, tmp_path / "shown", "--alpha", "32").out
+
+
+def test_the_errors_of_rescaling_and_of_writing_add_up(
+    peft_folder: Path, tmp_path: Path, run: Callable[..., Any]
+) -> None:
+    ran = run("rescale", peft_folder, tmp_path / "new", "--alpha", "24", "--dtype", "bf16", "--json")
+    writing = max(loss["max_relative_error"] for loss in ran.json["losses"])
+    rescaling = ran.json["rescale"]["max_relative_error"]
+    assert writing > 0
+    assert rescaling > 0
+    assert ran.json["max_relative_error"] == rescaling + writing
+    assert ran.json["exact"] is False
+
+
+def test_bits_lost_in_writing_are_not_called_kept(peft_folder: Path, tmp_path: Path, run: Callable[..., Any]) -> None:
+    ran = run("rescale", peft_folder, tmp_path / "new", "--alpha", "32", "--dtype", "bf16", "--json")
+    assert ran.json["rescale"]["exact"] is True
+    assert ran.json["exact"] is False
+    shown = run("rescale", peft_folder, tmp_path / "shown", "--alpha", "32", "--dtype", "bf16").out
+    assert "exactly" not in shown
+    most = f"{ran.json['max_relative_error']:.1e}"
+    assert f"  delta weight kept with a largest relative error of {most}\n" in shown
+
+
+def test_bits_lost_in_rescaling_are_not_called_kept_by_an_exact_write(
+    peft_folder: Path, tmp_path: Path, run: Callable[..., Any]
+) -> None:
+    ran = run("rescale", peft_folder, tmp_path / "new", "--alpha", "24", "--json")
+    assert ran.json["losses"] == []
+    assert ran.json["exact"] is False
+    assert ran.json["max_relative_error"] == ran.json["rescale"]["max_relative_error"] > 0
 
 
 def test_keeping_the_ratio_lets_the_rank_follow(peft_folder: Path, tmp_path: Path, run: Callable[..., Any]) -> None:
@@ -66,11 +109,13 @@ def test_keeping_the_ratio_lets_the_rank_follow(peft_folder: Path, tmp_path: Pat
 def test_for_rslora_the_rank_follows_the_square(plain: Adapter, tmp_path: Path, run: Callable[..., Any]) -> None:
     rslora = plain.map_modules(lambda module: replace(module, scale_rule=ScaleRule.ALPHA_OVER_SQRT_RANK))
     adaptertools.write(rslora, tmp_path / "rslora", format="peft")
-    assert run("rescale", tmp_path / "rslora", tmp_path / "new", "--alpha", "32", "--keep", "ratio").code == 0
-    assert {m.rank for m in adaptertools.read(tmp_path / "new").modules} == {16}
+    root_two_times_16 = "22.62741699797"
+    ran = run("rescale", tmp_path / "rslora", tmp_path / "new", "--alpha", root_two_times_16, "--keep", "ratio")
+    assert ran.code == 0, ran.err
+    assert {m.rank for m in adaptertools.read(tmp_path / "new").modules} == {8}
 
 
-@pytest.mark.parametrize(("alpha", "word"), [("8", "truncate"), ("18", "whole number")])
+@pytest.mark.parametrize(("alpha", "word"), [("8", "keep=delta"), ("18", "whole number")])
 def test_a_ratio_that_no_rank_keeps_is_an_error(
     alpha: str, word: str, peft_folder: Path, tmp_path: Path, run: Callable[..., Any]
 ) -> None:

@@ -102,8 +102,38 @@ def test_dotted_names_are_those_of_mlx_unless_the_header_says_flax(tmp_path: Pat
     assert claims(tmp_path / "flax.safetensors") == ["flax"]
     stored(flat, tmp_path / "flax.msgpack")
     assert claims(tmp_path / "flax.msgpack") == ["flax"]
-    asked = adaptertools.read(tmp_path / "adapters.npz", format="flax")
+    np.savez(tmp_path / "lora.npz", **flat)
+    asked = adaptertools.read(tmp_path / "lora.npz", format="flax")
     assert list(modules_of(asked)) == ["model.layers.0.q_proj"]
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "reason"),
+    [
+        ("adapters.safetensors", None, "MLX's file name"),
+        ("adapters.npz", None, "MLX's file name"),
+        ("lora.safetensors", {"lora_parameters": {"rank": 8, "scale": 2.0}}, "has lora_parameters"),
+        ("lora.npz", {"fine_tune_type": "lora", "adapter_path": "adapters"}, "has fine_tune_type, adapter_path"),
+    ],
+)
+def test_an_adapter_of_mlx_is_refused_even_where_flax_was_asked_for(
+    name: str, config: dict[str, Any] | None, reason: str, tmp_path: Path
+) -> None:
+    flat = {"layers.0.q_proj.lora_a": ones(4, 2), "layers.0.q_proj.lora_b": ones(2, 3)}
+    save = save_file if name.endswith("safetensors") else lambda tensors, path: np.savez(path, **tensors)
+    save(flat, tmp_path / name)
+    if config is not None:
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    for path in (tmp_path, tmp_path / name):
+        with pytest.raises(UnknownFormatError, match=f"an MLX adapter.*layers.0.q_proj.lora_a.*{reason}"):
+            adaptertools.read(path, format="flax")
+
+
+def test_names_with_slashes_or_a_header_of_flax_are_read_whatever_the_file_is_called(tmp_path: Path) -> None:
+    save_file({"fc/lora_a": ones(4, 2), "fc/lora_b": ones(2, 3)}, tmp_path / "adapters.safetensors")
+    assert list(modules_of(adaptertools.read(tmp_path / "adapters.safetensors", format="flax"))) == ["fc"]
+    save_file({"fc.lora_a": ones(4, 2), "fc.lora_b": ones(2, 3)}, tmp_path / "adapters.safetensors", {"format": "flax"})
+    assert list(modules_of(adaptertools.read(tmp_path / "adapters.safetensors", format="flax"))) == ["fc"]
 
 
 @pytest.mark.parametrize(

@@ -175,5 +175,5 @@ def test_what_was_not_there_is_not_said_to_be_dropped(tmp_path: Path) -> None:
 
 
 def test_tensors_in_memory_must_be_tensors() -> None:
-    with pytest.raises(OptionError, match="expected a torch.Tensor"):
+    with pytest.raises(OptionError, match="expected a torch"):
         adaptertools.from_state_dict({"a": [1.0]}, {"peft_type": "LORA"}, format="peft")  # type: ignore[dict-item]

@@ -34,6 +34,7 @@ from adaptertools.errors import (
     DuplicateTargetError,
     EmptyFactorError,
     MissingAlphaError,
+    NotLoraError,
     OptionError,
     ShapeError,
     UnclaimedTensorError,
@@ -135,10 +136,42 @@ def test_alpha_is_asked_for_with_the_customary_values() -> None:
         assert word in message
 
 
-@pytest.mark.parametrize("alpha", [float("nan"), float("inf")])
-def test_alpha_must_be_a_number(alpha: float) -> None:
-    with pytest.raises(ConfigError, match="alpha"):
+@pytest.mark.parametrize("alpha", [float("nan"), float("inf"), 0, -16, 5e-324, 10**400, "16", True, [16]])
+def test_alpha_must_be_a_positive_number(alpha: Any) -> None:
+    with pytest.raises(OptionError, match=r"alpha is .*, expected a positive number"):
         adaptertools.read(ROBERTA, alpha=alpha)
+
+
+@pytest.mark.parametrize("option", ["slots", "embeddings", "convolutions", "transposed"])
+def test_options_that_are_no_text_are_refused(option: str) -> None:
+    given: dict[str, Any] = {option: 3}
+    with pytest.raises(OptionError, match=f"{option} is 3, expected text"):
+        adaptertools.read(ROBERTA, alpha=16, **given)
+
+
+@pytest.mark.parametrize(
+    ("option", "text", "item"),
+    [
+        ("slots", "gpt2", "slots 'gpt2'"),
+        ("slots", "query=T,qeury=T", "slots 'qeury=T'"),
+        ("embeddings", "qeury", "embeddings 'qeury'"),
+        ("convolutions", "qeury=3", "convolutions 'qeury'"),
+        ("transposed", "query,qeury", "transposed 'qeury'"),
+    ],
+)
+def test_a_pattern_that_fits_no_layer_is_refused_with_names_near_it(option: str, text: str, item: str) -> None:
+    given: dict[str, Any] = {option: text}
+    with pytest.raises(OptionError) as raised:
+        adaptertools.read(ROBERTA, alpha=16, **given)
+    assert str(raised.value).startswith(f"{item} fits no layer of the file")
+    if "qeury" in text:
+        assert "near it are roberta.encoder.layer.0.attention.self.query" in str(raised.value)
+
+
+def test_of_a_preset_one_pattern_that_fits_is_enough() -> None:
+    path, options, expected = case("gpt2_wrapped")
+    assert not any(name.endswith("c_fc") for name in expected)
+    assert deltas(adaptertools.read(path, alpha=options["alpha"], slots="gpt2")).keys() == expected.keys()
 
 
 def test_slots_are_asked_for_by_name_and_number(tmp_path: Path) -> None:
@@ -296,6 +329,16 @@ def test_a_file_without_bare_factors_is_not_claimed(tmp_path: Path) -> None:
         assert not formats.get("loralib").detect(Source(path))
         with pytest.raises((UnknownFormatError, UnclaimedTensorError)):
             adaptertools.read(path, format="loralib", alpha=4)
+
+
+@pytest.mark.parametrize("prefix", ["base_model.model.", ""])
+def test_adalora_of_peft_is_not_claimed_for_its_bare_factors(prefix: str, tmp_path: Path) -> None:
+    tensors = pair(f"{prefix}x.q") | {f"{prefix}x.q.lora_E": torch.ones(2, 1)}
+    path = save(tmp_path / "adapter_model.bin", tensors)
+    assert not formats.get("loralib").detect(Source(path))
+    if prefix:
+        with pytest.raises(NotLoraError, match="AdaLoRA"):
+            adaptertools.read(path)
 
 
 def test_two_checkpoints_in_one_folder_are_not_guessed_between(tmp_path: Path) -> None:
@@ -504,7 +547,7 @@ def test_without_the_sidecar_alpha_is_asked_for_again(tmp_path: Path) -> None:
 def test_a_sidecar_of_another_file_is_not_used(tmp_path: Path) -> None:
     adaptertools.write(Adapter(modules=(linear(),)), tmp_path / "out.pt", format="loralib")
     save(tmp_path / "out.pt", pair("x.q_proj"))
-    with pytest.raises(MissingAlphaError):
+    with pytest.raises(MissingAlphaError, match=r"out\.pt\.adaptertools\.json was written for other weights"):
         adaptertools.read(tmp_path / "out.pt")
     assert any("other weights" in note for note in adaptertools.read(tmp_path / "out.pt", alpha=2).notes)
 

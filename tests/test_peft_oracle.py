@@ -19,6 +19,7 @@ import adaptertools
 from adaptertools import formats
 from adaptertools.adapter import Adapter
 from adaptertools.containers.source import Source
+from adaptertools.dialects.peft import config as peft_config
 from adaptertools.encoding import Encoder
 from adaptertools.module import Feature, Kind, LoraModule, RowSlice, ScaleRule, Target
 
@@ -146,12 +147,19 @@ def test_peft_knows_every_key_of_our_configuration(case: str, tmp_path: Path) ->
     text = (tmp_path / "by_us" / "adapter_config.json").read_text()
     document = json.loads(text)
     assert list(document) == sorted(document)
-    assert document.keys() == json.loads((folder / "adapter_config.json").read_text()).keys()
+    theirs = json.loads((folder / "adapter_config.json").read_text())
+    assert document.keys() <= theirs.keys()
+    newer = document.keys() & peft_config.NEWER_DEFAULTS.keys()
+    assert not [key for key in newer if document[key] == peft_config.NEWER_DEFAULTS[key]]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         if case == "alora" or case.startswith("gpt2"):
             warnings.filterwarnings("ignore", message="aLoRA is currently only")
         config = LoraConfig.from_pretrained(tmp_path / "by_us")
+        (tmp_path / "filled").mkdir()
+        filled = json.dumps({**peft_config.DEFAULTS, **document})
+        (tmp_path / "filled" / "adapter_config.json").write_text(filled)
+        assert config == LoraConfig.from_pretrained(tmp_path / "filled")
     assert config.task_type == LoraConfig.from_pretrained(folder).task_type
 
 
@@ -196,6 +204,11 @@ def test_fused_rows_become_one_pair_of_higher_rank(tmp_path: Path) -> None:
     adapter = Adapter(modules=tuple(modules))
     report = adaptertools.write(adapter, tmp_path / "by_us", format="peft")
     assert report.exact
+    assert [note for note in report.notes if "fused" in note] == [
+        f"1 fused projection of 2 slots became one pair each, of rank {rank}; as loralib they would no longer be "
+        "MergedLinear"
+        for rank in (4, 2)
+    ]
     document = json.loads((tmp_path / "by_us" / "adapter_config.json").read_text())
     assert sorted([document["r"], *document["rank_pattern"].values()]) == [2, 4]
     base = make_base("gpt2")

@@ -30,6 +30,7 @@ from adaptertools.errors import (
     OptionError,
     SourceNotFoundError,
     UnclaimedTensorError,
+    UnknownFormatError,
     UnsupportedFeatureError,
 )
 from adaptertools.module import Kind, LoraModule, ScaleRule
@@ -171,7 +172,8 @@ def test_keys_of_other_formats_are_not_taken_for_peft(keys: list[str], tmp_path:
 def test_a_bare_file_is_known_by_its_keys_and_needs_alpha(tmp_path: Path) -> None:
     save_file(pair("q_proj"), tmp_path / "some_name.safetensors")
     assert formats.detect(Source(tmp_path / "some_name.safetensors")) == "peft"
-    with pytest.raises(MissingAlphaError, match="16 for rank 8"):
+    absent = r"adapter_config\.json is not there.*alpha=… in Python, --source-alpha on the command line.*16 for rank 8"
+    with pytest.raises(MissingAlphaError, match=absent):
         adaptertools.read(tmp_path / "some_name.safetensors")
     assert only(adaptertools.read(tmp_path / "some_name.safetensors", alpha=6)).scaling == 3.0
 
@@ -184,6 +186,29 @@ def test_an_alpha_that_is_no_number_can_be_replaced(stated: Any) -> None:
     adapter = from_memory(pair("q_proj"), config, alpha=8)
     assert only(adapter).scaling == 4.0
     assert (stated is None) != any("8 was given" in note for note in adapter.notes)
+
+
+@pytest.mark.parametrize("alpha", [0, -1, float("nan"), float("inf"), 5e-324, 10**400, "16", True])
+def test_an_alpha_that_is_given_must_be_a_positive_number(alpha: Any) -> None:
+    for config in (None, CONFIG, {**CONFIG, "lora_alpha": 0}):
+        with pytest.raises(OptionError, match="expected a positive number"):
+            from_memory(pair("q_proj"), config, alpha=alpha)
+
+
+def test_a_configuration_without_alpha_says_so() -> None:
+    with pytest.raises(
+        MissingAlphaError, match=r"no lora_alpha.*alpha=… in Python, --source-alpha on the command line"
+    ):
+        from_memory(pair("q_proj"), {**CONFIG, "lora_alpha": None})
+
+
+def test_a_file_without_lora_and_configuration_is_no_adapter() -> None:
+    whole = {f"{PREFIX}head.weight": torch.ones(2, 2), f"{PREFIX}head.bias": torch.ones(2)}
+    for tensors in (whole, {"model.layers.0.q_proj.weight": torch.ones(2, 2)}):
+        with pytest.raises(UnknownFormatError, match=f"none of its {len(tensors)} tensors is a factor of LoRA"):
+            from_memory(tensors, None)
+    adapter = from_memory(whole, {**CONFIG, "modules_to_save": ["head"]})
+    assert adapter.full_weights.keys() == {"head.weight", "head.bias"}
 
 
 def test_a_stated_alpha_is_not_contradicted() -> None:
@@ -315,7 +340,8 @@ def test_whole_weights_get_the_role_that_the_configuration_gives_them() -> None:
 
 def test_a_head_that_is_listed_and_absent_is_said() -> None:
     adapter = from_memory(pair("q_proj"), {**CONFIG, "modules_to_save": ["score"]})
-    assert any("score" in note for note in adapter.notes)
+    assert any("score, of which the file has nothing; it is left out when written" in note for note in adapter.notes)
+    assert adapter.to_state_dict("peft")[1]["modules_to_save"] is None
 
 
 def test_biases_that_peft_lost_are_said() -> None:

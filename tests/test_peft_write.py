@@ -114,6 +114,24 @@ def test_targets_are_whole_paths_in_natural_order() -> None:
     assert config["inference_mode"] is True
 
 
+def test_newer_settings_are_written_only_where_they_say_something() -> None:
+    plain = config_of(module("proj"))
+    assert not [key for key in plain if key.endswith("_config") and key not in ("loftq_config", "megatron_config")]
+    assert "lora_bias" not in plain
+    assert {"r", "lora_alpha", "use_dora", "use_rslora", "layer_replication", "peft_version"} <= plain.keys()
+    assert config_of(module("proj", lora_bias=torch.ones(8)))["lora_bias"] is True
+
+
+@pytest.mark.parametrize(
+    ("stated", "kept"), [(False, False), ("gaussian", "gaussian"), (True, True), (0, True), ("eva", True), ([1], True)]
+)
+def test_an_initialisation_that_loading_replaces_is_kept(stated: Any, kept: Any, tmp_path: Path) -> None:
+    metadata = {"peft": {"init_lora_weights": stated}}
+    document = assert_runs_in_peft(Adapter(modules=(module("a.proj", 8),), metadata=metadata), tmp_path / "by_us")
+    found = document["init_lora_weights"]
+    assert (type(found), found) == (type(kept), kept)
+
+
 def test_a_path_hits_no_other_module_that_ends_alike(tmp_path: Path) -> None:
     adapter = Adapter(modules=(module("a.proj", 8),))
     assert_runs_in_peft(adapter, tmp_path / "by_us")

@@ -4,9 +4,11 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 
@@ -96,3 +98,21 @@ def test_the_table_of_formats_says_what_the_code_says() -> None:
 def test_every_command_and_option_is_mentioned() -> None:
     for name in (*formats.names(), "--json", "--from", "--source-alpha", "--slots", "--base", "--allow-nonfinite"):
         assert name in README
+
+
+def test_alpha_stands_where_readme_says() -> None:
+    takes_alpha = {
+        name
+        for name in group.list_commands(click.Context(group))
+        if (command := group.get_command(click.Context(group), name))
+        for option in command.params
+        if option.name == "source_alpha" and "--alpha" in option.opts
+    }
+    assert takes_alpha == {"convert"}
+    assert "`convert` alone also takes it as `--alpha`" in README
+
+
+def test_the_extra_for_orbax_is_one_of_the_project() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert "orbax" in project["optional-dependencies"]
+    assert 'pip install -c tests/constraints.txt -e ".[orbax]"' in README

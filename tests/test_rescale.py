@@ -26,11 +26,11 @@ from adaptertools.adapter import (
 from adaptertools.errors import NonFiniteError, OptionError, UnsupportedFeatureError
 
 
-def module(rank: int = 4, alpha: float = 16.0, name: str = "x.q_proj", **fields: Any) -> LoraModule:
+def module(rank: int = 4, alpha: float = 16.0, name: str = "x.q_proj", size: int = 5, **fields: Any) -> LoraModule:
     generator = torch.Generator().manual_seed(rank)
     factors: dict[str, Any] = {
-        "lora_A": torch.randn(rank, 6, generator=generator),
-        "lora_B": torch.randn(5, rank, generator=generator),
+        "lora_A": torch.randn(rank, size + 1, generator=generator),
+        "lora_B": torch.randn(size, rank, generator=generator),
     }
     return LoraModule(target=Target(parameter=name), alpha=alpha, **{**factors, **fields})
 
@@ -144,15 +144,26 @@ def test_the_same_alpha_hands_back_the_same_tensors() -> None:
     assert last(rescaled)["exact"]
 
 
-def test_an_alpha_of_zero_becomes_factors_of_zero() -> None:
-    rescaled = adaptertools.rescale(Adapter(modules=(module(alpha=0.0),)), 16)
-    assert not rescaled.modules[0].lora_B.any()
-    assert rescaled.modules[0].alpha == 16.0
+def test_a_scaling_of_zero_is_not_kept_at_the_price_of_the_factors() -> None:
+    for rule in ScaleRule:
+        adapter = Adapter(modules=(module(), module(name="x.v_proj", alpha=0.0, scale_rule=rule)))
+        with pytest.raises(
+            UnsupportedFeatureError, match=r"^x\.v_proj: .*did not record.*--source-alpha.*keep=weights"
+        ):
+            adaptertools.rescale(adapter, 16)
+        after = adaptertools.rescale(adapter, 16, keep="weights").modules[1]
+        assert (after.alpha, after.scaling) == (16.0, 16.0 / (2 if rule is ScaleRule.ALPHA_OVER_SQRT_RANK else 4))
+        assert torch.equal(after.lora_B, module().lora_B)
+
+
+def test_an_alpha_so_large_that_the_factors_would_vanish_is_refused() -> None:
+    with pytest.raises(OptionError, match="too large"):
+        adaptertools.rescale(Adapter(modules=(module(alpha=1e-300),)), 1e300)
 
 
 def test_dora_keeps_the_weight_that_it_makes() -> None:
-    weight = torch.randn(5, 6, dtype=torch.float64)
-    before = module(magnitude=torch.rand(5) + 1)
+    weight = torch.randn(8, 9, dtype=torch.float64)
+    before = module(size=8, magnitude=torch.rand(8) + 1)
     for keep, alpha in (("delta", 32), ("ratio", 32), ("delta", 24)):
         (after,) = adaptertools.rescale(Adapter(modules=(before,)), alpha, keep=keep).modules
         one, other = (m.delta_weight(dtype=torch.float64, base_weight=weight) for m in (before, after))
@@ -161,7 +172,7 @@ def test_dora_keeps_the_weight_that_it_makes() -> None:
 
 
 def test_an_expert_stack_is_rescaled_and_padded_as_a_whole() -> None:
-    stack = module(lora_A=torch.randn(3, 4, 6), lora_B=torch.randn(3, 5, 4), kind=Kind.PARAMETER)
+    stack = module(lora_A=torch.randn(3, 4, 9), lora_B=torch.randn(3, 8, 4), kind=Kind.PARAMETER)
     for keep, rank in (("delta", 4), ("ratio", 8)):
         (after,) = adaptertools.rescale(Adapter(modules=(stack,)), 32, keep=keep).modules
         assert (after.rank, after.experts) == (rank, 3)
@@ -169,31 +180,32 @@ def test_an_expert_stack_is_rescaled_and_padded_as_a_whole() -> None:
 
 
 def test_keeping_the_ratio_pads_with_zeros() -> None:
-    rescaled = adaptertools.rescale(Adapter(modules=(module(),)), 32, keep="ratio")
+    before = module(size=8)
+    rescaled = adaptertools.rescale(Adapter(modules=(before,)), 32, keep="ratio")
     (after,) = rescaled.modules
     assert (after.rank, after.alpha, after.scaling) == (8, 32.0, 4.0)
-    assert torch.equal(after.lora_A[:4], module().lora_A)
+    assert torch.equal(after.lora_A[:4], before.lora_A)
     assert not after.lora_A[4:].any()
     assert not after.lora_B[:, 4:].any()
-    assert torch.allclose(exact_delta(after), exact_delta(module()), rtol=1e-12, atol=1e-12)
+    assert torch.allclose(exact_delta(after), exact_delta(before), rtol=1e-12, atol=1e-12)
     assert last(rescaled) == {"alpha": 32, "keep": "ratio", "exact": True, "max_relative_error": 0.0}
 
 
 def test_for_rslora_the_rank_follows_the_square() -> None:
-    rslora = module(scale_rule=ScaleRule.ALPHA_OVER_SQRT_RANK)
+    rslora = module(size=16, scale_rule=ScaleRule.ALPHA_OVER_SQRT_RANK)
     (after,) = adaptertools.rescale(Adapter(modules=(rslora,)), 32, keep="ratio").modules
     assert (after.rank, after.scaling) == (16, rslora.scaling)
 
 
 def test_mixed_ranks_keep_their_proportions() -> None:
-    adapter = Adapter(modules=(module(4, 16.0, "a"), module(2, 16.0, "b")))
+    adapter = Adapter(modules=(module(4, 16.0, "a", size=12), module(2, 16.0, "b", size=12)))
     rescaled = adaptertools.rescale(adapter, 48, keep="ratio")
     assert [m.rank for m in rescaled.modules] == [12, 6]
     assert [m.scaling for m in rescaled.modules] == [m.scaling for m in adapter.modules]
 
 
 def test_a_stated_alpha_that_was_rounded_still_gives_a_whole_rank() -> None:
-    rounded = module(4, 11.3137084989848 / 2, scale_rule=ScaleRule.ALPHA_OVER_SQRT_RANK)
+    rounded = module(4, 11.3137084989848 / 2, size=8, scale_rule=ScaleRule.ALPHA_OVER_SQRT_RANK)
     rescaled = adaptertools.rescale(Adapter(modules=(rounded,)), 8, keep="ratio")
     assert rescaled.modules[0].rank == 8
     assert 0 < last(rescaled)["max_relative_error"] < 1e-9
@@ -233,9 +245,17 @@ def test_a_rank_that_is_no_whole_number_is_an_error() -> None:
         adaptertools.rescale(Adapter(modules=(module(),)), 18, keep="ratio")
 
 
-def test_a_rank_that_would_shrink_asks_for_truncate() -> None:
-    with pytest.raises(UnsupportedFeatureError, match=r"from 4 to 2.*truncate"):
+def test_a_rank_that_would_shrink_is_an_error() -> None:
+    with pytest.raises(UnsupportedFeatureError, match=r"from 4 to 2, which loses part of the weights\. keep=delta"):
         adaptertools.rescale(Adapter(modules=(module(),)), 8, keep="ratio")
+
+
+def test_a_rank_beyond_the_weight_is_an_error_and_costs_no_memory() -> None:
+    for alpha, rank in ((28, 7), (1e12, 250000000000)):
+        with pytest.raises(UnsupportedFeatureError, match=rf"x\.q_proj.*needs rank {rank}, beyond the full rank .*5\."):
+            adaptertools.rescale(Adapter(modules=(module(),)), alpha, keep="ratio")
+    (after,) = adaptertools.rescale(Adapter(modules=(module(),)), 24, keep="ratio").modules
+    assert after.rank == 6
 
 
 def test_a_ratio_of_nothing_is_an_error() -> None:

@@ -1,10 +1,11 @@
 """What commands say about an adapter that they wrote."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from adaptertools.adapter import Adapter
     from adaptertools.api import WriteReport
 
 _WIDTH = 12
@@ -92,6 +93,31 @@ def values_line(report: "WriteReport") -> str:
         return f"{', '.join(done)}; exact, checked bit by bit"
     inexact = sum(not loss.exact for loss in report.losses)
     return f"{', '.join(done)}; {inexact} inexact, largest relative error {error(report.max_relative_error)}"
+
+
+def whole_loss(change: Mapping[str, Any], report: "WriteReport") -> tuple[bool, float]:
+    """Whether changing the weights and writing them lost no bit, and at most how far off they are after both."""
+    exact = change.get("exact", True) and report.exact
+    return exact, change.get("max_relative_error", 0.0) + report.max_relative_error
+
+
+def promoted(before: "Adapter", after: "Adapter") -> dict[str, str]:
+    """The tensors that an operation gave another dtype, with that dtype."""
+    from adaptertools.tensors import dtype_name
+
+    old = before.named_tensors
+    return {
+        name: dtype_name(tensor.dtype)
+        for name, tensor in after.named_tensors.items()
+        if name in old and old[name].dtype != tensor.dtype
+    }
+
+
+def promoted_lines(dtypes: Mapping[str, str]) -> list[str]:
+    """One line a dtype that tensors were given."""
+    return [
+        field("promoted", f"{count(times, 'tensor')} to {dtype}") for dtype, times in Counter(dtypes.values()).items()
+    ]
 
 
 def writing_document(report: "WriteReport") -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """`adaptertools formats`: what can be read and written, and the options and key grammar of one format."""
 
 import inspect
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ from adaptertools.cli.options import FORMAT, Output, output_options
 def command(format: str | None, output: Output) -> None:
     """List the formats: how each is written, and what it carries beyond plain linear factors.
 
-    With FORMAT: its own options, given as --in NAME=VALUE and --out NAME=VALUE, and its key grammar.
+    With FORMAT: its own options, given as --in NAME=VALUE and --out NAME=VALUE, what they mean, and its key grammar.
     """
     from adaptertools import formats
 
@@ -36,7 +37,9 @@ def _one(name: str) -> dict[str, Any]:
         "containers": list(module.CONTAINERS),
         "carries": sorted(module.CARRIES),
         "read_options": _options(api.read_options(name)),
+        "reading": inspect.getdoc(module.read) or "",
         "write_options": _options(api.write_options(name)),
+        "writing": inspect.getdoc(module.write) or "",
         "grammar": inspect.getdoc(module) or "",
     }
 
@@ -66,11 +69,15 @@ def _one_as_text(name: str) -> str:
     entry = _one(name)
     lines = [f"{name}: {entry['summary']}", "", f"written as  {_written_as(entry)}"]
     lines.append(f"carries     {', '.join(entry['carries']) or 'plain linear factors alone'}")
-    for flag, options in (("--in", entry["read_options"]), ("--out", entry["write_options"])):
+    for flag, options, explained in (
+        ("--in", entry["read_options"], entry["reading"]),
+        ("--out", entry["write_options"], entry["writing"]),
+    ):
         rows = [
             (f"  {flag} {key}={each['type']}", f"[default: {_shown(each['default'])}]") for key, each in options.items()
         ]
         lines += ["", f"{flag} options:", table(rows) if rows else "  none"]
+        lines += ["", textwrap.indent(explained, "  ")] if explained else []
     return "\n".join([*lines, "", entry["grammar"]])
 
 

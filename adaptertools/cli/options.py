@@ -13,8 +13,6 @@ if TYPE_CHECKING:
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
-_JSON = "adaptertools.json"
-
 
 def names_in(folder: Path) -> list[str]:
     """The names that the files of a folder of modules stand for, without importing one. A leading underscore hides."""
@@ -94,13 +92,25 @@ class Output:
     quiet: bool
 
     def show(self, text: Callable[[], str], document: Callable[[], dict[str, Any]]) -> None:
-        """Print a result: as one JSON object, as text, or not at all."""
+        """Print a result: as one JSON object, as text, or not at all.
+
+        Raises: click.ClickException if stdout cannot be written to
+        """
         if self.as_json:
             from adaptertools.cli._values import to_json
 
-            click.echo(to_json(document()))
+            _print(to_json(document()))
         elif not self.quiet:
-            click.echo(text())
+            _print(text())
+
+
+def _print(text: str) -> None:
+    try:
+        click.echo(text)
+    except BrokenPipeError:
+        raise  # a reader that has gone is no failure to talk about
+    except OSError as error:
+        raise click.ClickException(f"cannot write to standard output: {error.strerror}") from None
 
 
 def reading_options(*alpha: str) -> Decorator:
@@ -152,19 +162,9 @@ def output_options() -> Decorator:
     return _gathered(
         "output",
         Output,
-        click.option("--json", "as_json", is_flag=True, callback=_remember_json, help="Print one JSON object."),
+        click.option("--json", "as_json", is_flag=True, help="Print one JSON object."),
         click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors and what --json asks for."),
     )
-
-
-def wants_json(ctx: click.Context) -> bool:
-    """Whether the command that ran was given `--json`."""
-    return bool(ctx.meta.get(_JSON))
-
-
-def _remember_json(ctx: click.Context, _: click.Parameter, value: bool) -> bool:
-    ctx.meta[_JSON] = value
-    return value
 
 
 def _gathered(name: str, kind: type[Any], *options: Decorator) -> Decorator:

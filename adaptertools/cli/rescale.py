@@ -42,19 +42,20 @@ def command(src: str, dst: str, alpha: float, keep: "Keep", reading: Reading, wr
     with progress("rescale", output) as advance:
         how = writing.arguments_like(adapter)
         report = api.write(rescaled, dst, allow_nonfinite=nonfinite, on_progress=advance, **how)
-    output.show(lambda: _text(src, adapter, rescaled, report), lambda: _document(src, rescaled, report))
+    output.show(lambda: _text(src, adapter, rescaled, report), lambda: _document(src, adapter, rescaled, report))
 
 
 def _text(src: str, before: "Adapter", after: "Adapter", report: "WriteReport") -> str:
-    from adaptertools.cli._report import change, error, field, writing_lines
+    from adaptertools.cli._report import change, error, field, promoted, promoted_lines, whole_loss, writing_lines
 
     done = after.history[-1].details
+    exact, most = whole_loss(done, report)
     if "strength" in done:
         effect = f"changed: the adapter is {_times(done['strength'])} as before"
-    elif done["exact"]:
+    elif exact:
         effect = "kept exactly, checked bit by bit"
     else:
-        effect = f"kept with a largest relative error of {error(done['max_relative_error'])}"
+        effect = f"kept with a largest relative error of {error(most)}"
     lines = [
         f"Rescaled {src} to {report.path} ({report.format})",
         change("alpha", (m.alpha for m in before.modules), (m.alpha for m in after.modules)),
@@ -62,7 +63,7 @@ def _text(src: str, before: "Adapter", after: "Adapter", report: "WriteReport") 
         change("scaling", (m.scaling for m in before.modules), (m.scaling for m in after.modules)),
         field("delta weight", effect),
     ]
-    return "\n".join([*lines, *writing_lines(report)])
+    return "\n".join([*lines, *promoted_lines(promoted(before, after)), *writing_lines(report)])
 
 
 def _times(strength: Any) -> str:
@@ -73,11 +74,16 @@ def _times(strength: Any) -> str:
     return f"{span(strength.values() if isinstance(strength, dict) else [strength])} times as strong"
 
 
-def _document(src: str, after: "Adapter", report: "WriteReport") -> dict[str, Any]:
-    from adaptertools.cli._report import writing_document
+def _document(src: str, before: "Adapter", after: "Adapter", report: "WriteReport") -> dict[str, Any]:
+    from adaptertools.cli._report import promoted, whole_loss, writing_document
 
+    done = after.history[-1].details
+    exact, most = whole_loss(done, report)
     return {
         "source": {"path": src, "format": report.format},
-        "rescale": dict(after.history[-1].details),
+        "rescale": dict(done),
+        "promoted": promoted(before, after),
         **writing_document(report),
+        "exact": exact,
+        "max_relative_error": most,
     }

@@ -19,6 +19,7 @@ from adaptertools.containers.source import Source
 from adaptertools.dialects.flax import read as flax_read
 from adaptertools.dialects.flax import source as flax_source
 from adaptertools.dialects.flax import write as flax_write
+from adaptertools.dialects.flax.options import Layout, Request
 from adaptertools.dialects.flax.sidecar import NAME
 from adaptertools.dialects.flax.tree import Dialect
 from adaptertools.encoding import Encoder
@@ -56,11 +57,12 @@ def read(
     `scan_axis` is the axis of stacked layers where shapes do not tell, `scan_at` the part of the path that stands for
     them. `ignore_other` leaves aside whatever is no LoRA factor, such as the base model's own weights.
 
-    Raises: MissingAlphaError for lora_A and lora_B, whose scaling nobody states
+    Raises: MissingAlphaError for lora_A and lora_B, whose scaling nobody states;
+            OptionError for an option that nothing here uses
     """
     return flax_read.read(
         source,
-        flax_read.Request(
+        Request(
             format="flax",
             dialects=_DIALECTS,
             namings=_NAMINGS,
@@ -90,9 +92,10 @@ def write(
     `naming` and `layer_prefix` as for `read`. With `scan_axis` the layers are stacked along that axis, `num_layers` of
     them where the adapter does not reach the last.
 
-    Raises: UnsupportedFeatureError for names that the naming has no place for; ShapeError if layers do not stack
+    Raises: UnsupportedFeatureError for names that the naming has no place for; ShapeError if layers do not stack;
+            OptionError for an option that nothing here uses
     """
-    layout = flax_write.Layout(
+    layout = Layout(
         dialect=Dialect.NNX,
         naming=naming,
         layer_prefix=layer_prefix,

@@ -16,6 +16,7 @@ from adaptertools.containers.source import Source
 from adaptertools.dialects.flax import read as flax_read
 from adaptertools.dialects.flax import source as flax_source
 from adaptertools.dialects.flax import write as flax_write
+from adaptertools.dialects.flax.options import Layout, Request
 from adaptertools.dialects.flax.sidecar import NAME
 from adaptertools.dialects.flax.tree import Dialect
 from adaptertools.encoding import Encoder
@@ -53,11 +54,11 @@ def read(
     `scan_axis` is the axis of stacked layers where shapes do not tell, `scan_at` the part of the path that stands for
     them. `ignore_other` leaves aside whatever is no LoRA factor, such as the base model's own weights.
 
-    Raises: ShapeError, UnpairedFactorError, UnclaimedTensorError
+    Raises: ShapeError, UnpairedFactorError, UnclaimedTensorError; OptionError for an option that nothing here uses
     """
     return flax_read.read(
         source,
-        flax_read.Request(
+        Request(
             format="flax-gemma",
             dialects=_DIALECTS,
             namings=_NAMINGS,
@@ -92,9 +93,9 @@ def write(
     reach the last.
 
     Raises: UnsupportedFeatureError for names that the naming has no place for; ShapeError if modules do not fit one
-            leaf; OptionError without `head_dim` where it is needed
+            leaf; OptionError without `head_dim` where it is needed, and for an option that nothing here uses
     """
-    layout = flax_write.Layout(
+    layout = Layout(
         dialect=Dialect.GEMMA,
         naming=naming,
         layer_prefix=layer_prefix,

@@ -18,6 +18,7 @@ from adaptertools.containers.source import Source
 from adaptertools.dialects.flax import read as flax_read
 from adaptertools.dialects.flax import source as flax_source
 from adaptertools.dialects.flax import write as flax_write
+from adaptertools.dialects.flax.options import Layout, Request
 from adaptertools.dialects.flax.sidecar import NAME
 from adaptertools.dialects.flax.tree import Dialect
 from adaptertools.encoding import Encoder
@@ -58,11 +59,11 @@ def read(
     `head_dim` undoes the row order and the query scale that MaxText gives that model. `ignore_other` leaves aside
     whatever is no LoRA factor, such as the base model's own weights.
 
-    Raises: MissingAlphaError where nobody states alpha
+    Raises: MissingAlphaError where nobody states alpha; OptionError for an option that nothing here uses
     """
     return flax_read.read(
         source,
-        flax_read.Request(
+        Request(
             format="flax-qwix",
             dialects=_DIALECTS,
             namings=_NAMINGS,
@@ -100,9 +101,9 @@ def write(
     scale.
 
     Raises: UnsupportedFeatureError for names that the naming has no place for; ShapeError if modules do not fit one
-            leaf; OptionError without `head_dim` where it is needed
+            leaf; OptionError without `head_dim` where it is needed, and for an option that nothing here uses
     """
-    layout = flax_write.Layout(
+    layout = Layout(
         dialect=Dialect.QWIX,
         naming=naming,
         layer_prefix=layer_prefix,

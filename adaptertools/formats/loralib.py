@@ -21,8 +21,9 @@ sidecar that is written beside the file, or into its header if it is safetensors
     own_weights    what X.weight beside X.lora_A is. loralib adds ΔW to it in eval() and nothing tells whether it did,
                    so it must be said. drop: leave it to the base model; unmerged: keep it; merged: keep it less ΔW
 
-PATTERN is a glob on a layer's name, whole or its last parts; the first that fits counts. Training loops wrap the state
-dict in `model_state_dict` and the like and put `module.` in front of names; both go.
+PATTERN is a glob on a layer's name, whole or its last parts; the first that fits counts, and one that fits none is
+an error. Training loops wrap the state dict in `model_state_dict` and the like and put `module.` in front of names;
+both go.
 
 Writing keeps the factors where one alpha gives every layer its scaling. Else the scaling is folded into lora_B, and
 alpha is each layer's r. loralib's constructors default to lora_alpha=1, so the alpha to build with is said.
@@ -73,6 +74,7 @@ from adaptertools.errors import (
     MissingAlphaError,
     UnsupportedFeatureError,
 )
+from adaptertools.module import check_alpha
 from adaptertools.tensors import Deferred, combine
 
 SUMMARY = "microsoft/LoRA: the state dict of lora_state_dict"
@@ -110,8 +112,10 @@ def read(
     The grammar of the options stands at the top of this file. They count before the sidecar, and it before the base.
 
     Memory: headers only; with own_weights=merged the weights of the adapted layers
-    Raises: MissingAlphaError; ConfigError if the slots of a fused projection stay open, and others of the tree
+    Raises: MissingAlphaError; ConfigError if the slots of a fused projection stay open; OptionError for a pattern that
+            fits no layer; and others of the tree
     """
+    alpha = None if alpha is None else check_alpha(alpha)
     options = LayoutOptions.parse(slots, embeddings, convolutions, transposed)
     name = adapter_file(source)
     file = source.tensors(name)
@@ -125,7 +129,8 @@ def read(
     layouts, layout_notes = settle(keys.pairs, keys.weights, options, recorded, model)
     weights = _plain_names(keys.weights, layouts)
     own = _own_weights(file.label, weights, layouts, record, own_weights)
-    modules, alpha_notes = _modules(file.label, keys.pairs, layouts, record, alpha)
+    label = f"{file.label} ({'; '.join(record_notes)})" if record_notes else file.label
+    modules, alpha_notes = _modules(label, keys.pairs, layouts, record, alpha)
     full_weights, weight_notes = _full_weights(weights, own, modules, record, own_weights)
     return Adapter(
         modules=tuple(module for group in modules.values() for module in group),

@@ -31,6 +31,7 @@ Read in huggingface/peft 0.21.2: `utils/save_and_load.py`, `utils/other.py`, `tu
 versions that they belong to.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -46,7 +47,7 @@ from adaptertools.dialects.peft.config import PeftConfig
 from adaptertools.dialects.peft.experts import parameter_groups, read_parameters
 from adaptertools.dialects.peft.factors import layers
 from adaptertools.dialects.peft.keys import MAGNITUDE, Contents, Group
-from adaptertools.dialects.peft.layout import arrange
+from adaptertools.dialects.peft.layout import Layout, arrange
 from adaptertools.dialects.peft.modules import OUT_PROJ, Reading, read_attention, read_module
 from adaptertools.dialects.peft.weights import read_full_weights, read_row_weights, tied_copies
 from adaptertools.dialects.peft.write import (
@@ -58,7 +59,7 @@ from adaptertools.dialects.peft.write import (
     weight_tensors,
 )
 from adaptertools.encoding import Encoder
-from adaptertools.errors import ConfigError, OptionError, UnsupportedFeatureError
+from adaptertools.errors import ConfigError, OptionError, UnknownFormatError, UnsupportedFeatureError
 from adaptertools.module import LoraModule, ScaleRule
 from adaptertools.names import leaf, parent
 from adaptertools.tensors import natural_order
@@ -98,9 +99,22 @@ def read(
     adapter_name: str | None = None,
     dora: bool | None = None,
 ) -> Adapter:
+    """Read a PEFT folder, or one of its weight files with the configuration beside it.
+
+    `alpha` stands in for a lora_alpha that the configuration lacks. `base` settles orientation and the layout of expert
+    stacks. `adapter_name` picks one of several adapters in a folder or a file. `dora` says whether magnitudes count
+    where use_dora contradicts the file.
+
+    Raises: NotLoraError for other methods, ConfigError, MissingAlphaError, AmbiguousFormatError, UnclaimedTensorError
+    """
     found, chosen = peft_files.open_adapter(source, adapter_name)
     config = peft_config.parse(found.source.document(CONFIG), found.config_label, alpha)
     contents = peft_keys.parse(found.tensors, source.label, None if chosen else adapter_name)
+    if not config.stated and not contents.groups and not contents.tokens:
+        raise UnknownFormatError(
+            f"{source.label}: none of its {len(found.tensors)} tensors is a factor of LoRA, and {CONFIG} is not there; "
+            "this is no adapter"
+        )
     reading = Reading(config=config, base=BaseModel(base), dora=_settle_dora(contents, config, dora))
     tied = tied_copies(contents.groups, config)
     groups = [group for path, group in contents.groups.items() if path not in tied]
@@ -126,6 +140,13 @@ def oddities(source: Source, *, adapter_name: str | None = None) -> tuple[str, .
 
 
 def write(adapter: Adapter, encoder: Encoder, *, container: str, conv: str | None = None) -> Artifact:
+    """Write a PEFT folder that today's PEFT loads.
+
+    `conv=svd` turns loralib's convolutions, which no PEFT convolution of that rank can hold, into ones of the rank that
+    their delta weight has; without it they are refused.
+
+    Raises: UnsupportedFeatureError for what use_dora, use_rslora and the like cannot say of one module alone
+    """
     if conv not in (None, "svd"):
         raise OptionError(f'conv is {conv!r}, expected "svd" or nothing')
     _check_names(adapter)
@@ -144,7 +165,7 @@ def write(adapter: Adapter, encoder: Encoder, *, container: str, conv: str | Non
         metadata={"format": "pt"},
         documents={CONFIG: config},
         sidecar=peft_files.SIDECAR,
-        notes=_component_notes(adapter),
+        notes=(*_component_notes(adapter), *_fused_notes(adapter, layout)),
     )
 
 
@@ -226,6 +247,18 @@ def _check_names(adapter: Adapter) -> None:
 def _component_notes(adapter: Adapter) -> tuple[str, ...]:
     component = adapter.modules[0].target.component
     return (f"the adapter is for {component!r}; PEFT does not record that",) if component else ()
+
+
+def _fused_notes(adapter: Adapter, layout: Layout) -> tuple[str, ...]:
+    slots = Counter(module.target.parameter for module in adapter.modules if module.target.rows)
+    ranks = {place.layer.parameter: place.layer.rank for place in layout.places}
+    kinds = Counter((count, ranks[name]) for name, count in slots.items())
+    return tuple(
+        f"{number} fused projection{'s' * (number > 1)} of {count} slots became one pair each, of rank {rank}; "
+        "as loralib they would no longer be MergedLinear"
+        for (count, rank), number in kinds.items()
+        if count > 1
+    )
 
 
 def _names_lists(value: Any) -> list[list[str]]:

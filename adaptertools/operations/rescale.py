@@ -1,6 +1,5 @@
 """Another alpha, with the weights kept consistent with it, module by module."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -13,6 +12,7 @@ from torch import Tensor
 from adaptertools.adapter import Adapter, Feature, HistoryEntry, LoraModule, ScaleRule
 from adaptertools.encoding import Encoder
 from adaptertools.errors import OptionError, UnsupportedFeatureError
+from adaptertools.module import check_alpha
 from adaptertools.tensors import materialize
 
 Keep = Literal["delta", "ratio", "weights"]
@@ -44,8 +44,8 @@ def rescale(adapter: Adapter, alpha: float, keep: Keep = "delta", *, allow_nonfi
 
     Memory: the factors that change
     Raises: OptionError for an alpha that is no positive number
-            UnsupportedFeatureError for `weights` on DoRA, for anything but `delta` on a changed base, and where `ratio`
-            gives a rank that is no whole number, or a smaller one
+            UnsupportedFeatureError for `weights` on DoRA, for anything but `delta` on a changed base, for `delta` on a
+            scaling of 0, and where `ratio` gives a rank that is no whole number, smaller, or beyond the weight's
     """
     _check(adapter, alpha, keep)
     change: Callable[[LoraModule], _Rescaled] = {
@@ -68,8 +68,7 @@ def rescale(adapter: Adapter, alpha: float, keep: Keep = "delta", *, allow_nonfi
 def _check(adapter: Adapter, alpha: float, keep: str) -> None:
     if keep not in ("delta", "ratio", "weights"):
         raise OptionError(f"keep is {keep!r}, expected delta, ratio or weights")
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
-        raise OptionError(f"alpha is {alpha!r}, expected a positive number")
+    check_alpha(alpha)
     if not adapter.modules:
         raise UnsupportedFeatureError("the adapter holds whole weights alone: there is no alpha to change")
     changed = adapter.holders(Feature.CHANGED_BASE)
@@ -86,6 +85,12 @@ def _check(adapter: Adapter, alpha: float, keep: str) -> None:
 
 
 def _keep_delta(module: LoraModule, alpha: float, encoder: Encoder) -> _Rescaled:
+    if module.scaling == 0:
+        raise UnsupportedFeatureError(
+            f"{module.target}: its scaling is 0, so that keep=delta would make lora_B zero for good. An alpha of 0 "
+            "usually means that the trainer did not record it: give the true one when reading (--source-alpha, for "
+            "PEFT), or give it this one with keep=weights"
+        )
     wanted = _exact_alpha(module) / Fraction(alpha)
     try:
         factor = float(wanted)
@@ -93,6 +98,8 @@ def _keep_delta(module: LoraModule, alpha: float, encoder: Encoder) -> _Rescaled
         raise OptionError(
             f"{module.target}: alpha {alpha!r} is too small for a factor of alpha {module.alpha!r}"
         ) from None
+    if factor == 0:
+        raise OptionError(f"{module.target}: alpha {alpha!r} is too large for a factor of alpha {module.alpha!r}")
 
     def absorb(name: str, tensor: Tensor) -> Tensor:
         return tensor if factor == 1.0 else materialize(encoder.fold(f"{module.target}.{name}", tensor, factor))
@@ -125,7 +132,13 @@ def _keep_ratio(module: LoraModule, alpha: float) -> _Rescaled:
     if rank < module.nominal_rank:
         raise UnsupportedFeatureError(
             f"{module.target}: keeping the scaling with alpha {alpha:g} lowers the rank from {module.nominal_rank} to "
-            f"{rank}, which loses part of the weights. Use truncate to lower a rank"
+            f"{rank}, which loses part of the weights. keep=delta changes alpha without that"
+        )
+    if rank * module.kernel_fold > max(module.in_features, module.out_features, module.rank):
+        raise UnsupportedFeatureError(
+            f"{module.target}: keeping the scaling with alpha {alpha:g} needs rank {rank}, beyond the full rank of the "
+            f"weight, {min(module.in_features, module.out_features) // module.kernel_fold}. keep=delta changes alpha "
+            "without that"
         )
     missing = (rank - module.nominal_rank) * module.kernel_fold
     padded = replace(

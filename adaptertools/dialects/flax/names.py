@@ -251,12 +251,6 @@ def locate(parameter: str, chosen: Naming, layer_prefix: str) -> tuple[int | Non
     return layer, part
 
 
-def check_arch(arch: str | None, naming: str, head_dim: int | None) -> None:
-    """Raises: OptionError unless `arch` is None or fits the other options."""
-    if arch is not None and (arch != LLAMA31 or naming != "maxtext" or not head_dim):
-        raise OptionError(f"arch is {arch!r}; only {LLAMA31} is known, for naming=maxtext and together with head_dim")
-
-
 def query_or_key(name: str) -> str:
     """`q` or `k` for the modules whose rows MaxText reorders for Llama 3.1, else nothing."""
     found = re.search(r"self_attn\.([qk])_proj$", name)

@@ -1,7 +1,7 @@
 """Flax tree -> Adapter: the leaves taken apart, and the scale, from the sidecar or from whoever knows it."""
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,34 +16,17 @@ from adaptertools.dialects.flax.names import (
     DEFAULT_LAYER_PREFIX,
     LLAMA31,
     Naming,
-    check_arch,
     infer_naming,
     naming,
     possible_namings,
     query_or_key,
 )
+from adaptertools.dialects.flax.options import DEFAULT_SCAN_AT, Request, check_request, check_stacked
 from adaptertools.dialects.flax.pack import unfold
 from adaptertools.dialects.flax.scale import Scale, foreign_scale
 from adaptertools.dialects.flax.sidecar import Record, Sidecar
 from adaptertools.dialects.flax.tree import Dialect, Pair, pairs
 from adaptertools.errors import OptionError, ShapeError, UnsupportedFeatureError
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """The options of the Flax readers; the formats say what they mean."""
-
-    format: str
-    dialects: Collection[Dialect]
-    namings: Collection[str]
-    alpha: float | None = None
-    naming: str | None = None
-    layer_prefix: str | None = None
-    scan_axis: int | None = None
-    scan_at: str | None = None
-    arch: str | None = None
-    head_dim: int | None = None
-    ignore_other: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +59,8 @@ def read(source: Source, request: Request) -> Adapter:
     plan = _plan(request, sidecar, leaves)
     scale = foreign_scale(source, found, request.alpha) if sidecar is None else None
     unpacked = [factors for pair in leaves for factors in _unpacked(pair, plan)]
+    if not any(factors.stack for factors in unpacked):
+        check_stacked(request, ("/".join(pair.path) for pair in leaves))
     modules = [
         module
         for factors in unpacked
@@ -104,14 +89,15 @@ def _plan(request: Request, sidecar: Sidecar | None, leaves: list[Pair]) -> _Pla
         name = sidecar.naming
     arch = request.arch or (sidecar.arch if sidecar else None)
     head_dim = request.head_dim or (sidecar.head_dim if sidecar else None)
-    check_arch(arch, name, head_dim)
+    chosen = naming(name, request.namings)
+    check_request(request, sidecar, chosen)
     written_prefix = (sidecar.layer_prefix if sidecar else None) or DEFAULT_LAYER_PREFIX
     axis = request.scan_axis if request.scan_axis is not None else (sidecar.scan_axis if sidecar else None)
     return _Plan(
-        chosen=naming(name, request.namings),
+        chosen=chosen,
         layer_prefix=request.layer_prefix or written_prefix,
         written_prefix=written_prefix,
-        scan=Scan(axis=axis, at=request.scan_at or (sidecar.scan_at if sidecar else None) or "layers"),
+        scan=Scan(axis=axis, at=request.scan_at or (sidecar.scan_at if sidecar else None) or DEFAULT_SCAN_AT),
         arch=arch,
         head_dim=head_dim,
     )
@@ -215,7 +201,8 @@ def _writer_options(plan: _Plan, leaves: list[Pair], unpacked: list[Factors]) ->
             options["fuse_qkv"] = any("qkv_einsum" in pair.path for pair in leaves)
     for factors in unpacked:
         if factors.stack is not None:
-            options |= {"scan_axis": factors.stack[0], "num_layers": factors.stack[1], "scan_at": plan.scan.at}
+            options |= {"scan_axis": factors.stack[0], "num_layers": factors.stack[1]}
+            options |= {"scan_at": plan.scan.at} if plan.chosen is None else {}
         if factors.head_dim is not None:
             options["head_dim"] = factors.head_dim
     return options | ({"arch": plan.arch, "head_dim": plan.head_dim} if plan.arch else {})

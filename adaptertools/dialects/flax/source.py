@@ -15,6 +15,9 @@ from adaptertools.errors import AmbiguousFormatError, ConfigError, FileError, Un
 
 CONTAINERS = ("msgpack", "npz", "safetensors", "orbax")
 _MEMORY = "memory"
+_MLX_STEM = "adapters"
+_MLX_CONFIG_NAME = "adapter_config.json"
+_MLX_CONFIG = ("lora_parameters", "fine_tune_type", "adapter_path")
 _WRITTEN = (Dialect.NNX, Dialect.QWIX, Dialect.GEMMA)
 """What a sidecar may say. One that says anything else is wrong, and the format `flax` reports it."""
 
@@ -57,9 +60,27 @@ def find(source: Source, dialects: Collection[Dialect], name: str) -> Found:
         raise UnknownFormatError(
             f"{file.label}: none of its {len(file.tensors)} tensors is a LoRA factor as Flax libraries name them"
         )
+    if dialect in (Dialect.NNX, Dialect.LINEN) and not sidecar and not certain(file):
+        _refuse_mlx(source, file, candidates[0])
     if dialect not in dialects:
         raise UnknownFormatError(f"{file.label}: its leaves are of the {dialect} dialect, which {name} is not")
     return Found(file=file, dialect=dialect, sidecar=sidecar)
+
+
+def _refuse_mlx(source: Source, file: TensorFile, name: str) -> None:
+    """Dotted names are read where they were asked for, unless what stands around them is MLX's: it has a scale."""
+    said = [key for key in _MLX_CONFIG if key in (source.document(_MLX_CONFIG_NAME) or {})]
+    if said:
+        reason = f"{_MLX_CONFIG_NAME} beside it has {', '.join(said)}"
+    elif PurePosixPath(name).stem == _MLX_STEM:
+        reason = f"{PurePosixPath(name).name} is MLX's file name, without a header that says format=flax"
+    else:
+        return
+    raise UnknownFormatError(
+        f"{file.label}: an MLX adapter, not a Flax one: its names have dots, like {next(iter(file.tensors))}, and "
+        f"{reason}. MLX scales by a number that its configuration states, and is not read here; rename or move a file "
+        "that is Flax's all the same"
+    )
 
 
 def _files(source: Source) -> list[str]:

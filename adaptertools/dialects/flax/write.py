@@ -2,8 +2,8 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,13 +17,13 @@ from adaptertools.dialects.flax.names import (
     Naming,
     Path,
     Rule,
-    check_arch,
     find_layer_prefix,
     locate,
     module_name,
     naming,
     query_or_key,
 )
+from adaptertools.dialects.flax.options import Layout, check_layout
 from adaptertools.dialects.flax.pack import Packed, Part, Stack, pack
 from adaptertools.dialects.flax.sidecar import Record
 from adaptertools.dialects.flax.tree import Dialect
@@ -35,26 +35,6 @@ from adaptertools.tensors import Deferred, dtype_name, natural_order
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Layout:
-    """The options of the Flax writers; the formats say what they mean."""
-
-    dialect: Dialect
-    naming: str = "hf"
-    layer_prefix: str | None = None
-    scan_axis: int | None = None
-    scan_at: str = "layers"
-    num_layers: int | None = None
-    head_dim: int | None = None
-    fuse_qkv: bool | None = None
-    arch: str | None = None
-
-    @property
-    def folds(self) -> bool:
-        """Whether the dialect has no scale of its own."""
-        return self.dialect is not Dialect.QWIX
-
-
 def encode(adapter: Adapter, encoder: Encoder, layout: Layout, accepted: Iterable[str], container: str) -> Artifact:
     """The tree that holds an adapter, and the sidecar that explains it.
 
@@ -62,7 +42,8 @@ def encode(adapter: Adapter, encoder: Encoder, layout: Layout, accepted: Iterabl
     Raises: UnsupportedFeatureError, OptionError, ShapeError
     """
     chosen = naming(layout.naming, accepted)
-    _check(adapter, layout)
+    check_layout(layout, accepted)
+    _check(adapter)
     if chosen is not None and layout.layer_prefix is None:
         layout = replace(layout, layer_prefix=find_layer_prefix(map(_key, adapter.modules), chosen))
     leaves: dict[Path, Deferred] = {}
@@ -98,12 +79,7 @@ def encode(adapter: Adapter, encoder: Encoder, layout: Layout, accepted: Iterabl
     )
 
 
-def _check(adapter: Adapter, layout: Layout) -> None:
-    if layout.scan_axis not in (None, 0, 1):
-        raise OptionError(f"scan_axis is {layout.scan_axis}, expected 0 or 1")
-    if layout.head_dim is not None and layout.head_dim < 1:
-        raise OptionError(f"head_dim is {layout.head_dim}, expected the size of an attention head")
-    check_arch(layout.arch, layout.naming, layout.head_dim)
+def _check(adapter: Adapter) -> None:
     for module in adapter.modules:
         for name, tensor in module.tensors.items():
             if tensor.dtype not in _DTYPES:
@@ -131,8 +107,28 @@ def _stacks(modules: Sequence[LoraModule], chosen: Naming | None, layout: Layout
             grouped.setdefault((rule, None), []).append(replace(part, layer=layer))
         else:
             grouped.setdefault((rule, layer), []).append(part)
+    _check_scanned(modules, grouped, scanned, layout)
     stacks = [_stack(rule, layer, rule in scanned, parts, chosen, layout) for (rule, layer), parts in grouped.items()]
     return sorted(stacks, key=lambda stack: natural_order("/".join(stack.path)))
+
+
+def _check_scanned(
+    modules: Sequence[LoraModule],
+    grouped: Mapping[tuple[Rule, int | None], list[Part]],
+    scanned: Collection[Rule],
+    layout: Layout,
+) -> None:
+    if layout.scan_axis is None:
+        return
+    if not scanned:
+        where = f"behind a part {layout.scan_at!r}, as scan_at says" if layout.naming == "hf" else "in its layers"
+        raise OptionError(
+            f"scan_axis: no module has a layer index {where}; the names are like {_key(modules[0])}. Give scan_at the "
+            "part before the index, or leave scan_axis out"
+        )
+    last = max(part.layer for (rule, _), parts in grouped.items() if rule in scanned for part in parts)
+    if layout.num_layers is not None and last >= layout.num_layers:
+        raise OptionError(f"num_layers is {layout.num_layers}, but the adapter has a layer {last}, counted from 0")
 
 
 def _place(module: LoraModule, chosen: Naming | None, layout: Layout, fuse: bool) -> tuple[Rule, int | None, Part]:

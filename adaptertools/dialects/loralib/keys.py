@@ -22,6 +22,7 @@ CONTAINERS = ("torch", "safetensors")
 
 _FACTOR = re.compile(r"(?P<layer>.+)\.lora_(?P<side>[AB])")
 _FOREIGN_FACTOR = re.compile(r"(.*\.)?lora_[^.]*(\.[^.]+)?")
+_PEFT_KEY = re.compile(r"(.*\.)?(base_model\.model\..+|lora_E(\..+)?)")
 _TRAINING_STATE = re.compile(r"(optim|lr_sched|sched|scaler|rng|amp)", re.IGNORECASE)
 
 _RELATIVES = {
@@ -90,6 +91,8 @@ def is_adapter(file: TensorFile) -> bool:
     if file.metadata.get("format") == "flax":
         return False
     names = [_unwrapped(name) for name in file.tensors]
+    if any(_PEFT_KEY.fullmatch(name) for name in names):  # AdaLoRA of PEFT has bare factors too
+        return False
     return any(_FACTOR.fullmatch(name) for name in names) and relative(names) is None
 
 

@@ -5,9 +5,10 @@ and so do an embedding and a linear layer, or a convolution and a linear layer o
 from the shape of the base weight, or from the sidecar. The grammar of the options: formats/loralib.py.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Self
+from difflib import SequenceMatcher
+from typing import Any, Self
 
 from torch import Tensor
 
@@ -36,19 +37,21 @@ class Layout:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayoutOptions:
-    """The options, parsed."""
+    """The options, parsed. `given` has each item as it was written, with its patterns: several for a preset."""
 
     slots: Mapping[str, str] = field(default_factory=dict)
     embeddings: tuple[str, ...] = ()
     convolutions: Mapping[str, str] = field(default_factory=dict)
     transposed: tuple[str, ...] = ()
+    given: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
     @classmethod
     def parse(cls, slots: str | None, embeddings: str | None, convolutions: str | None, transposed: str | None) -> Self:
         """Raises: OptionError that shows the grammar"""
         masks: dict[str, str] = {}
-        turned = list(_split(transposed))
-        for item in ",".join(PRESETS.get(item, item) for item in _split(slots)).split(",") if slots else ():
+        turned = list(_split("transposed", transposed))
+        items = _split("slots", slots)
+        for item in (part for entry in items for part in PRESETS.get(entry, entry).split(",")):
             pattern, equals, mask = item.partition("=")
             mask, colon, orientation = mask.partition(":")
             if not (equals and pattern) or set(mask) - {"T", "F"} or (colon and orientation != "transposed"):
@@ -60,11 +63,28 @@ class LayoutOptions:
                 raise OptionError(f"slots {item!r}: no slot of the mask is adapted; T marks those that are")
             masks.setdefault(pattern, mask)
             turned += [pattern] * bool(colon)
-        kernels = dict(item.partition("=")[::2] for item in _split(convolutions))
+        kernels = dict(item.partition("=")[::2] for item in _split("convolutions", convolutions))
         for pattern, kernel in kernels.items():
             if not pattern or not kernel.isdecimal() or int(kernel) < 1:
                 raise OptionError(f"convolutions {pattern}={kernel}: expected PATTERN=KERNEL, such as conv=3")
-        return cls(slots=masks, embeddings=_split(embeddings), convolutions=kernels, transposed=tuple(turned))
+        named = _split("embeddings", embeddings)
+        given = [
+            *((f"slots {item!r}", _patterns(PRESETS.get(item, item))) for item in items),
+            *((f"embeddings {item!r}", (item,)) for item in named),
+            *((f"convolutions {item!r}", (item,)) for item in kernels),
+            *((f"transposed {item!r}", (item,)) for item in _split("transposed", transposed)),
+        ]
+        return cls(slots=masks, embeddings=named, convolutions=kernels, transposed=tuple(turned), given=tuple(given))
+
+    def check_names(self, names: Collection[str]) -> None:
+        """Whether all that was given is about some layer; for a preset one of its patterns is enough.
+
+        Raises: OptionError that names the layers whose names come near
+        """
+        for item, patterns in self.given:
+            if not any(matches(pattern, name) for pattern in patterns for name in names):
+                near = sorted(names, key=lambda name: _likeness(patterns[0], name), reverse=True)[:3]
+                raise OptionError(f"{item} fits no layer of the file; near it are {', '.join(near)}")
 
     def for_layer(self, name: str) -> Layout | None:
         """What the options say of a layer; None if nothing."""
@@ -94,6 +114,7 @@ def settle(
 
     Raises: OptionError, ConfigError, ShapeError, EmptyFactorError
     """
+    options.check_names(pairs.keys())
     layouts: dict[str, Layout] = {}
     guessed: list[str] = []
     for name, (lora_A, lora_B) in pairs.items():
@@ -228,5 +249,15 @@ def _missing_slots(name: str, adapted: int, total: int | None = None) -> str:
     )
 
 
-def _split(text: str | None) -> tuple[str, ...]:
+def _split(option: str, text: Any) -> tuple[str, ...]:
+    if text is not None and not isinstance(text, str):
+        raise OptionError(f"{option} is {text!r:.40}, expected text; several items stand in it with commas")
     return tuple(part.strip() for part in text.split(",") if part.strip()) if text else ()
+
+
+def _patterns(items: str) -> tuple[str, ...]:
+    return tuple(item.partition("=")[0] for item in items.split(","))
+
+
+def _likeness(pattern: str, name: str) -> float:
+    return max(SequenceMatcher(None, pattern, part).ratio() for part in (name, leaf(name)))

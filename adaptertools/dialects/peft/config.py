@@ -12,52 +12,57 @@ from typing import Any
 from adaptertools.adapter import Base
 from adaptertools.dialects.peft.patterns import Patterns, compile_pattern
 from adaptertools.errors import ConfigError, MissingAlphaError, NotLoraError, OptionError, UnsupportedFeatureError
-from adaptertools.module import ScaleRule
+from adaptertools.module import ScaleRule, check_alpha
 
 FILE = "adapter_config.json"
 
-DEFAULTS: Mapping[str, Any] = {
+NEWER_DEFAULTS: Mapping[str, Any] = {
     "alora_invocation_tokens": None,
-    "alpha_pattern": {},
     "arrow_config": None,
-    "auto_mapping": None,
-    "base_model_name_or_path": None,
-    "bias": "none",
     "corda_config": None,
     "ensure_weight_tying": False,
     "eva_config": None,
     "exclude_modules": None,
+    "kasa_config": None,
+    "lora_bias": False,
+    "lora_ga_config": None,
+    "monteclora_config": None,
+    "qalora_group_size": 16,
+    "target_parameters": None,
+    "trainable_token_indices": None,
+    "use_bdlora": None,
+    "use_qalora": False,
+    "velora_config": None,
+}
+"""Fields that PEFT 0.11 did not know, and that are written only where they say something."""
+
+DEFAULTS: Mapping[str, Any] = {
+    **NEWER_DEFAULTS,
+    "alpha_pattern": {},
+    "auto_mapping": None,
+    "base_model_name_or_path": None,
+    "bias": "none",
     "fan_in_fan_out": False,
     "inference_mode": True,
     "init_lora_weights": True,
-    "kasa_config": None,
     "layer_replication": None,
     "layers_pattern": None,
     "layers_to_transform": None,
     "loftq_config": {},
     "lora_alpha": 8,
-    "lora_bias": False,
     "lora_dropout": 0.0,
-    "lora_ga_config": None,
     "megatron_config": None,
     "megatron_core": "megatron.core",
     "modules_to_save": None,
-    "monteclora_config": None,
     "peft_type": "LORA",
     "peft_version": None,
-    "qalora_group_size": 16,
     "r": 8,
     "rank_pattern": {},
     "revision": None,
     "target_modules": None,
-    "target_parameters": None,
     "task_type": None,
-    "trainable_token_indices": None,
-    "use_bdlora": None,
     "use_dora": False,
-    "use_qalora": False,
     "use_rslora": False,
-    "velora_config": None,
 }
 """Every field that PEFT 0.21.2 saves, with its value for a plain adapter."""
 
@@ -185,9 +190,10 @@ class PeftConfig:
         """
         alpha = self.alpha_pattern.value(path, self.alpha)
         if alpha is None:
+            missing = f"{self.label}: no lora_alpha" if self.stated else f"{self.label} is not there"
             raise MissingAlphaError(
-                f"{self.label}: no lora_alpha, and the tensors cannot tell it. Give it with --source-alpha; "
-                "customary are 16 for rank 8, else the rank or twice the rank"
+                f"{missing}, and the tensors cannot tell alpha. Give it: alpha=… in Python, --source-alpha on the "
+                "command line; customary are 16 for rank 8, else the rank or twice the rank"
             )
         return _number(alpha, f"{self.label}: alpha_pattern for {path}")
 
@@ -254,6 +260,7 @@ def _settle_alpha(raw: Mapping[str, Any], label: str, given: float | None, notes
         if alpha == 0:
             notes.append(f"{label}: lora_alpha is 0, so the adapter changes nothing; some trainers write 0 for unknown")
         return alpha
+    given = check_alpha(given)
     if _is_number(stated) and stated not in (0, given):
         raise OptionError(
             f"{label} states lora_alpha {stated}; {given:g} was given. A value may be given where there is none; "
@@ -261,7 +268,7 @@ def _settle_alpha(raw: Mapping[str, Any], label: str, given: float | None, notes
         )
     if stated is not None and stated != given:
         notes.append(f"{label}: lora_alpha is {stated!r:.40}; {given:g} was given and is used")
-    return _number(given, "alpha")
+    return given
 
 
 def _is_number(value: Any) -> bool:
@@ -271,7 +278,8 @@ def _is_number(value: Any) -> bool:
 def _number(value: Any, where: str) -> float:
     if not _is_number(value):
         raise ConfigError(
-            f"{where} is {value!r:.40}, expected a finite number; --source-alpha stands in for lora_alpha"
+            f"{where} is {value!r:.40}, expected a finite number; alpha=… in Python and --source-alpha on the command "
+            "line stand in for lora_alpha"
         )
     return float(value)
 

@@ -136,7 +136,10 @@ def _token_indices(module: str, config: PeftConfig) -> list[int]:
 def _note_absent(found: Mapping[str, FullWeight], config: PeftConfig) -> None:
     for module in config.names("modules_to_save"):
         if not any(_is_saved(name, (module,)) for name in found):
-            config.notes.append(f"{config.label}: modules_to_save lists {module}, of which the file has nothing")
+            config.notes.append(
+                f"{config.label}: modules_to_save lists {module}, of which the file has nothing; "
+                "it is left out when written"
+            )
     roles = {weight.role for weight in found.values()}
     bias = config.raw.get("bias")
     if bias in ("all", "lora_only") and WeightRole.BIAS not in roles:

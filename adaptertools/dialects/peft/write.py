@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from adaptertools.adapter import Adapter, WeightRole
-from adaptertools.dialects.peft.config import DEFAULTS
+from adaptertools.dialects.peft.config import DEFAULTS, NEWER_DEFAULTS
 from adaptertools.dialects.peft.factors import settle_alpha
 from adaptertools.dialects.peft.keys import MAGNITUDE, PREFIX, TOKENS
 from adaptertools.dialects.peft.layout import Layout
@@ -125,7 +125,7 @@ def _excludes(entry: str, layout: Layout) -> bool:
 def build_config(
     adapter: Adapter, layout: Layout, rule: ScaleRule, saved: Sequence[str], tied: Iterable[str], encoder: Encoder
 ) -> dict[str, Any]:
-    """The whole configuration.
+    """The configuration, without the newer fields that are at PEFT's default: earlier versions refuse them.
 
     Raises: UnsupportedFeatureError
     """
@@ -133,6 +133,9 @@ def build_config(
     config = {**DEFAULTS, "peft_version": PEFT_VERSION}
     config |= {key: carried[key] for key in ("auto_mapping", "task_type") if key in carried}
     config |= {key: carried[key] for key in ("lora_dropout", "megatron_config", "megatron_core") if key in carried}
+    init = carried.get("init_lora_weights")
+    if init is False or init == "gaussian":  # they set only what loading replaces, whatever the rank
+        config["init_lora_weights"] = init
     config |= _scales(layout, rule, encoder)
     component = adapter.modules[0].target.component
     base = adapter.bases.get(component) or adapter.bases.get("")
@@ -154,7 +157,7 @@ def build_config(
         config["trainable_token_indices"] = _token_indices(adapter, carried.get("trainable_token_indices"))
     if adapter.invocation_tokens is not None:
         config["alora_invocation_tokens"] = list(adapter.invocation_tokens)
-    return config
+    return {key: value for key, value in config.items() if key not in NEWER_DEFAULTS or value != NEWER_DEFAULTS[key]}
 
 
 def _scales(layout: Layout, rule: ScaleRule, encoder: Encoder) -> dict[str, Any]:
