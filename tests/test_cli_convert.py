@@ -52,6 +52,15 @@ def test_an_inexact_fold_reports_its_error(plain: Adapter, tmp_path: Path, run: 
     assert 0 < ran.json["max_relative_error"] < 1e-7
 
 
+def test_values_that_a_dtype_is_too_coarse_for_are_said_to_become_zero(
+    plain: Adapter, tmp_path: Path, run: Callable[..., Any]
+) -> None:
+    tiny = plain.map_modules(lambda module: replace(module, lora_B=module.lora_B.clone().fill_(1e-9)))
+    adaptertools.write(tiny, tmp_path / "tiny", format="peft")
+    ran = run("convert", tmp_path / "tiny", tmp_path / "half", "--to", "peft", "--dtype", "f16")
+    assert "largest relative error 1.0e+00 (some values too small for the dtype became 0)" in ran.out
+
+
 def test_json_holds_the_report_and_nothing_else(peft_folder: Path, tmp_path: Path, run: Callable[..., Any]) -> None:
     dst = tmp_path / "lora_flax"
     ran = run("convert", peft_folder, dst, "--to", "flax", "--json")

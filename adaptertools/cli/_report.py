@@ -92,7 +92,8 @@ def values_line(report: "WriteReport") -> str:
     if report.exact:
         return f"{', '.join(done)}; exact, checked bit by bit"
     inexact = sum(not loss.exact for loss in report.losses)
-    return f"{', '.join(done)}; {inexact} inexact, largest relative error {error(report.max_relative_error)}"
+    vanished = " (some values too small for the dtype became 0)" if report.max_relative_error == 1.0 else ""
+    return f"{', '.join(done)}; {inexact} inexact, largest relative error {error(report.max_relative_error)}{vanished}"
 
 
 def whole_loss(change: Mapping[str, Any], report: "WriteReport") -> tuple[bool, float]:
