@@ -246,7 +246,7 @@ def test_a_rank_that_is_no_whole_number_is_an_error() -> None:
 
 
 def test_a_rank_that_would_shrink_is_an_error() -> None:
-    with pytest.raises(UnsupportedFeatureError, match=r"from 4 to 2, which loses part of the weights\. keep=delta"):
+    with pytest.raises(UnsupportedFeatureError, match=r"from 4 to 2, which loses part of the weights: use truncate"):
         adaptertools.rescale(Adapter(modules=(module(),)), 8, keep="ratio")
 
 

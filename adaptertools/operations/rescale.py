@@ -132,7 +132,7 @@ def _keep_ratio(module: LoraModule, alpha: float) -> _Rescaled:
     if rank < module.nominal_rank:
         raise UnsupportedFeatureError(
             f"{module.target}: keeping the scaling with alpha {alpha:g} lowers the rank from {module.nominal_rank} to "
-            f"{rank}, which loses part of the weights. keep=delta changes alpha without that"
+            f"{rank}, which loses part of the weights: use truncate for that. keep=delta changes alpha alone"
         )
     if rank * module.kernel_fold > max(module.in_features, module.out_features, module.rank):
         raise UnsupportedFeatureError(
