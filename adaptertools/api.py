@@ -18,7 +18,7 @@ from adaptertools.destination import Progress, check_destination, default_contai
 from adaptertools.encoding import Encoder, Loss
 from adaptertools.errors import OptionError
 from adaptertools.operations.select import left_out, select
-from adaptertools.tensors import check_finite, materialize, parse_dtype
+from adaptertools.tensors import materialize, parse_dtype
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -266,9 +266,3 @@ def _describe(operation: HistoryEntry, format: str, drop: Collection[str], losse
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     return parse_dtype(dtype) if isinstance(dtype, str) else dtype
-
-
-def check_values(adapter: Adapter) -> None:
-    """Raises: NonFiniteError that names the first tensor with NaN or inf."""
-    for name, tensor in adapter.named_tensors.items():
-        check_finite(name, tensor)
