@@ -5,7 +5,9 @@ and taken to float64: on a CPU their triangles come from Householder QR, on a GP
 The r by r cores go to the CPU either way, where LAPACK on a few threads beats a GPU's batched SVD beyond 32 by 32.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Self
 
 import torch
@@ -63,26 +65,17 @@ def svd_of_product(lora_A: Tensor, lora_B: Tensor) -> ProductSVD:
     Memory: two copies of one factor in float64
     Source: Eckart & Young 1936; QR of each factor, then SVD of an r by r matrix
     """
-    right, right_exponents, left, left_exponents = _triangles(lora_A, lora_B)
-    exponents = left_exponents + right_exponents
-    largest = exponents.amax(dim=-1, keepdim=True)
-    weights = torch.exp2(exponents - largest)
-    weighted = left * weights.unsqueeze(-2)
-    U, S, Vh = _core_svd(weighted @ right.mT)
-    size = min(lora_A.shape[-2:] + lora_B.shape[-2:])
-    U, S, Vh = U[..., :size], S[..., :size], Vh[..., :size, :]
-    noise = _EPSILON * torch.linalg.matrix_norm(weighted) * torch.linalg.matrix_norm(right)
-    lost = noise.unsqueeze(-1) >= S
-    half = torch.where(lost, 0.0, S.rsqrt())
-    root = torch.exp2(largest / 2)
-    # B = B̃·2^e with B̃ the balanced columns, so that B̃·X = B·2^(-e)·X; likewise for A
-    to_left = torch.exp2(exponents - largest - left_exponents) * root
-    to_right = torch.exp2(exponents - largest - right_exponents) * root
-    return ProductSVD(
-        singular_values=torch.where(lost, 0.0, S) * torch.exp2(largest),
-        left=to_left.unsqueeze(-1) * (right.mT @ Vh.mT) * half.unsqueeze(-2),
-        right=half.unsqueeze(-1) * (U.mT @ left) * to_right.unsqueeze(-2),
-    )
+    return svds_of_products([(lora_A, lora_B)])[0]
+
+
+def svds_of_products(batches: Iterable[tuple[Tensor, Tensor]]) -> list[ProductSVD]:
+    """`svd_of_product` of several batches of pairs, whose cores share the threads of the CPU.
+
+    Memory: two copies of one batch of factors in float64
+    """
+    triangles = [_Triangles.of(lora_A, lora_B) for lora_A, lora_B in batches]
+    found = _core_svds([pair.core for pair in triangles])
+    return [pair.decomposed(*svd) for pair, svd in zip(triangles, found, strict=True)]
 
 
 def product_norm(lora_A: Tensor, lora_B: Tensor) -> Tensor:
@@ -94,11 +87,8 @@ def product_norm(lora_A: Tensor, lora_B: Tensor) -> Tensor:
     Shapes: lora_A (…, r, in), lora_B (…, out, r) -> (…)
     Memory: two copies of one factor in float64
     """
-    right, right_exponents, left, left_exponents = _triangles(lora_A, lora_B)
-    exponents = left_exponents + right_exponents
-    largest = exponents.amax(dim=-1, keepdim=True)
-    core = (left * torch.exp2(exponents - largest).unsqueeze(-2)) @ right.mT
-    norm: Tensor = torch.ldexp(torch.linalg.matrix_norm(core), largest.squeeze(-1))
+    triangles = _Triangles.of(lora_A, lora_B)
+    norm: Tensor = torch.ldexp(torch.linalg.matrix_norm(triangles.core), triangles.largest.squeeze(-1))
     return norm
 
 
@@ -153,16 +143,42 @@ def cholesky_triangle(factor: Tensor) -> Tensor:
     """
     batch = factor.reshape(-1, *factor.shape[-2:])
     first, failed = torch.linalg.cholesky_ex(batch.mT @ batch, upper=True)
-    basis = torch.linalg.solve_triangular(first, batch, upper=True, left=False)
+    identity = torch.eye(first.shape[-1], dtype=first.dtype, device=first.device)
+    basis = batch @ torch.linalg.solve_triangular(first, identity.expand_as(first), upper=True)
     gram = basis.mT @ basis
     second, failed_again = torch.linalg.cholesky_ex(gram, upper=True)
-    off = (gram - torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)).abs().amax(dim=(-2, -1))
+    off = (gram - identity).abs().amax(dim=(-2, -1))
     unsafe = (failed != 0) | (failed_again != 0) | ~(off < _ORTHOGONAL_ENOUGH)
     result: Tensor = second @ first
     if bool(unsafe.any()):
         exact = torch.linalg.qr(batch[unsafe], mode="r").R
         result[unsafe] = torch.nn.functional.pad(exact, (0, 0, 0, result.shape[-2] - exact.shape[-2]))
     return result.reshape(*factor.shape[:-2], *result.shape[-2:])
+
+
+def balanced(columns: Tensor) -> tuple[Tensor, Tensor]:
+    """The columns in float64, each divided by the power of two that brings it to size 1, and those powers' exponents.
+
+    Dividing by powers of two loses no bit. It keeps a huge column of one factor, which meets a tiny row of the other,
+    from drowning the rest, and squares from leaving the range of float64. The exponent of a column that is not finite
+    is NaN.
+
+    Shapes: (…, n, r) -> (…, n, r), (…, r)
+    Memory: a copy in float64
+    """
+    wide = columns.to(torch.float64, copy=True)
+    return wide, balance_(wide)
+
+
+def balance_(wide: Tensor) -> Tensor:
+    """The same in place, for columns in float64; the exponents alone are handed back."""
+    size = torch.maximum(wide.amax(dim=-2), -wide.amin(dim=-2))
+    exponents = torch.frexp(size).exponent.to(torch.float64)
+    exponents += 0.0 * size  # NaN where it is not finite: LAPACK may lose that
+    half = torch.trunc(exponents / 2)
+    for power in (-half, half - exponents):  # in two steps: 2**-1074 has no reciprocal
+        wide *= torch.exp2(power).unsqueeze(-2)
+    return exponents
 
 
 def parse_device(name: str | torch.device) -> torch.device:
@@ -183,43 +199,93 @@ def parse_device(name: str | torch.device) -> torch.device:
     return device
 
 
-def _core_svd(core: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U, Σ and Vᵀ of r by r matrices; NaN for those that are not finite, which LAPACK would refuse.
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Triangles:
+    """The triangles of B and of Aᵀ, each balanced on its own, and the exponents of what their columns were divided by.
+
+    `left` is weighted by both exponents, so that its product with `rightᵀ` is a core times 2 to the `largest`.
+    """
+
+    left: Tensor
+    left_exponents: Tensor
+    right: Tensor
+    right_exponents: Tensor
+    rank: int
+
+    @classmethod
+    def of(cls, lora_A: Tensor, lora_B: Tensor) -> Self:
+        right, right_exponents = balanced(lora_A.mT)
+        right = triangle(right)
+        left, left_exponents = balanced(lora_B)
+        return cls(
+            left=triangle(left),
+            left_exponents=left_exponents,
+            right=right,
+            right_exponents=right_exponents,
+            rank=min(lora_A.shape[-2:] + lora_B.shape[-2:]),
+        )
+
+    @property
+    def largest(self) -> Tensor:
+        return (self.left_exponents + self.right_exponents).amax(dim=-1, keepdim=True)
+
+    @property
+    def weighted(self) -> Tensor:
+        exponents = self.left_exponents + self.right_exponents - self.largest
+        return self.left * torch.exp2(exponents).unsqueeze(-2)
+
+    @property
+    def core(self) -> Tensor:
+        """B·A in the bases of both factors, divided by 2 to the `largest`."""
+        return self.weighted @ self.right.mT
+
+    def decomposed(self, U: Tensor, S: Tensor, Vh: Tensor) -> ProductSVD:
+        """The decomposition of B·A from that of the core."""
+        U, S, Vh = U[..., : self.rank], S[..., : self.rank], Vh[..., : self.rank, :]
+        noise = _EPSILON * torch.linalg.matrix_norm(self.weighted) * torch.linalg.matrix_norm(self.right)
+        lost = noise.unsqueeze(-1) >= S
+        half = torch.where(lost, 0.0, S.rsqrt())
+        root = torch.exp2(self.largest / 2)
+        # B = B̃·2^e with B̃ the balanced columns, so that B̃·X = B·2^(-e)·X; likewise for A
+        to_left = torch.exp2(self.right_exponents - self.largest) * root
+        to_right = torch.exp2(self.left_exponents - self.largest) * root
+        return ProductSVD(
+            singular_values=torch.where(lost, 0.0, S) * torch.exp2(self.largest),
+            left=to_left.unsqueeze(-1) * (self.right.mT @ Vh.mT) * half.unsqueeze(-2),
+            right=half.unsqueeze(-1) * (U.mT @ self.left) * to_right.unsqueeze(-2),
+        )
+
+
+def _core_svds(cores: Sequence[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """U, Σ and Vᵀ of batches of r by r matrices; Σ is NaN for those that are not finite, which LAPACK would refuse.
 
     Those of a GPU travel to the CPU: batched SVDs of cuSOLVER take 320 ms for 224 of 64 by 64 on an H200, threads 14.
     """
-    sound = torch.isfinite(core).all(dim=-1).all(dim=-1)[..., None, None]
-    cores = torch.where(sound, core, 0.0)
-    if core.is_cuda:
-        flat = cores.cpu().reshape(-1, *core.shape[-2:])
-        found = in_parallel(torch.linalg.svd, torch.split(flat, _CORES_AT_ONCE))
-        joined = (torch.cat(parts).to(core.device) for parts in zip(*found, strict=True))
-        U, S, Vh = (part.reshape(*core.shape[:-2], *part.shape[1:]) for part in joined)
-    else:
-        U, S, Vh = torch.linalg.svd(cores, full_matrices=False)
-    nothing = torch.tensor(torch.nan, dtype=S.dtype, device=S.device)
-    return U, torch.where(sound.squeeze(-1), S, nothing), Vh
+    sound = [torch.isfinite(core).flatten(-2).all(dim=-1) for core in cores]
+    whole = [torch.where(ok[..., None, None], core, 0.0) for core, ok in zip(cores, sound, strict=True)]
+    found = _svds_on_host(whole) if any(core.is_cuda for core in cores) else [_thin_svd(core) for core in whole]
+    return [(U, torch.where(ok.unsqueeze(-1), S, torch.nan), Vh) for (U, S, Vh), ok in zip(found, sound, strict=True)]
 
 
-def _triangles(lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The triangle of Aᵀ with its exponents, and that of B with its own; each factor is balanced on its own."""
-    right, right_exponents = _balanced(lora_A.mT)
-    right = triangle(right)
-    left, left_exponents = _balanced(lora_B)
-    return right, right_exponents, triangle(left), left_exponents
+def _svds_on_host(cores: Sequence[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """The same of matrices of a GPU, by all threads of the CPU; through page-locked memory, which copies faster."""
+    hosts = [torch.empty(core.shape, dtype=core.dtype, pin_memory=True).copy_(core) for core in cores]
+    pieces = [torch.split(host.reshape(-1, *host.shape[-2:]), _CORES_AT_ONCE) for host in hosts]
+    done = in_parallel(_thin_svd, [piece for group in pieces for piece in group])
+    svds = []
+    for core, group in zip(cores, pieces, strict=True):
+        U, S, Vh = (_gathered(part).to(core.device) for part in zip(*islice(done, len(group)), strict=True))
+        batch = core.shape[:-2]
+        svds.append((U.reshape(*batch, *U.shape[1:]), S.reshape(*batch, -1), Vh.reshape(*batch, *Vh.shape[1:])))
+    return svds
 
 
-def _balanced(columns: Tensor) -> tuple[Tensor, Tensor]:
-    """The columns in float64, each divided by the power of two that brings it to size 1, and those powers' exponents.
+def _gathered(parts: Sequence[Tensor]) -> Tensor:
+    """Parts of a batch as one, in page-locked memory."""
+    shape = (sum(map(len, parts)), *parts[0].shape[1:])
+    return torch.cat(list(parts), out=torch.empty(shape, dtype=parts[0].dtype, pin_memory=True))
 
-    Dividing by powers of two loses no bit. It keeps a huge column of one factor, which meets a tiny row of the other,
-    from drowning the rest, and squares from leaving the range of float64.
-    """
-    wide = columns.to(torch.float64, copy=True)
-    size = wide.abs().amax(dim=-2)
-    exponents = torch.frexp(size).exponent.to(torch.float64)
-    exponents += 0.0 * size  # NaN where it is not finite: LAPACK may lose that
-    half = torch.trunc(exponents / 2)
-    for power in (-half, half - exponents):  # in two steps: 2**-1074 has no reciprocal
-        wide *= torch.exp2(power).unsqueeze(-2)
-    return wide, exponents
+
+def _thin_svd(core: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    U, S, Vh = torch.linalg.svd(core, full_matrices=False)
+    return U, S, Vh

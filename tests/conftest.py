@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,22 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from proof import proven
 
 import adaptertools
+from adaptertools import api
 from adaptertools.adapter import Adapter, Base
 from adaptertools.module import LoraModule, Target
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # on a GPU jax multiplies in TF32 and takes most of the memory
+
+
+@pytest.fixture(scope="session", autouse=True)
+def every_conversion_is_proven() -> Iterator[None]:
+    """Whatever any test converts, in Python or on the command line, `diff` compares with what it was."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(api, "convert", proven(api.convert))
+        yield
 
 
 @dataclass(frozen=True)

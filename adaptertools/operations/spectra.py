@@ -13,7 +13,7 @@ from torch import Tensor
 
 from adaptertools.adapter import LoraModule
 from adaptertools.errors import NonFiniteError
-from adaptertools.linalg import ProductSVD, inner_product, svd_of_product
+from adaptertools.linalg import ProductSVD, inner_product, svd_of_product, svds_of_products
 from adaptertools.tensors import check_finite, dtype_name, in_parallel
 
 Result = TypeVar("Result")
@@ -43,22 +43,30 @@ def decompose(
     """
     found: list[ProductSVD | None] = [None] * len(modules)
     done = 0
-    for batch, decomposition in _batched(
-        lambda batch: svd_of_product(*_stacked([modules[i] for i in batch], device)),
-        [(*module.lora_A.shape, *module.lora_B.shape, module.lora_A.dtype) for module in modules],
-        modules,
-        device,
-    ):
+    for batch, decomposition in _decomposed(modules, device):
         values = decomposition.singular_values.cpu()
-        for place, index in enumerate(batch):
-            one = decomposition[place]
-            if not torch.isfinite(values[place]).all():
+        sound = torch.isfinite(values).flatten(1).all(dim=1).tolist()
+        parts = zip(values.unbind(), decomposition.left.unbind(), decomposition.right.unbind(), strict=True)
+        for index, fine, (singular_values, left, right) in zip(batch, sound, parts, strict=True):
+            if not fine:
                 _explain(modules[index])
-            found[index] = ProductSVD(singular_values=values[place], left=one.left, right=one.right)
+            found[index] = ProductSVD(singular_values=singular_values, left=left, right=right)
         done += len(batch)
         if on_progress is not None:
             on_progress(done, len(modules))
     return [decomposition for decomposition in found if decomposition is not None]
+
+
+def _decomposed(modules: Sequence[LoraModule], device: torch.device) -> Iterator[tuple[Sequence[int], ProductSVD]]:
+    """The decompositions of batches of modules, by index. On a GPU those of all batches come together."""
+    if device.type == "cpu":
+        one = in_parallel(lambda module: svd_of_product(*_stacked([module], device)), modules)
+        yield from (((index,), decomposition) for index, decomposition in enumerate(one))
+        return
+    keys = [(*module.lora_A.shape, *module.lora_B.shape, module.lora_A.dtype) for module in modules]
+    batches = _batches(keys, modules)
+    stacked = (_stacked([modules[i] for i in batch], device) for batch in batches)
+    yield from zip(batches, svds_of_products(stacked), strict=True)
 
 
 def rebuild(
@@ -113,6 +121,19 @@ def rebuild(
     return [rebuilt for rebuilt in found if rebuilt is not None]
 
 
+def cast_error(module: LoraModule, dtype: torch.dtype) -> float:
+    """The norm of what casting both factors changes in B·A.
+
+    Memory: four copies of the factors in float64
+    Raises: NonFiniteError if a value is too large for the dtype
+    """
+    wide = module.lora_A.to(torch.float64), module.lora_B.to(torch.float64)
+    error = float(_rounding(*wide, module.lora_A.to(dtype), module.lora_B.to(dtype)).norm())
+    if not math.isfinite(error):
+        raise NonFiniteError(f"{module.target}: a value of its factors is too large for {dtype_name(dtype)}")
+    return error
+
+
 def _rounding(wide_A: Tensor, wide_B: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
     """‖B'·A' − B·A‖ for rounded factors A', B': with their errors dA and dB it is ‖[dB B]·[A'; dA]‖.
 
@@ -133,16 +154,21 @@ def _batched(
     """`work` of batches of indices whose keys are equal: one module each on a CPU, as many as fit on a GPU."""
     if device.type == "cpu":
         yield from in_parallel(lambda index: ((index,), work((index,))), range(len(modules)))
-        return
+    else:
+        yield from ((batch, work(batch)) for batch in _batches(keys, modules))
+
+
+def _batches(keys: Sequence[Hashable], modules: Sequence[LoraModule]) -> list[Sequence[int]]:
+    """Indices of modules, those together whose keys are equal, as many as a batch may hold."""
     alike: dict[Hashable, list[int]] = {}
     for index, key in enumerate(keys):
         alike.setdefault(key, []).append(index)
+    batches: list[Sequence[int]] = []
     for group in alike.values():
         one = modules[group[0]]
         count = max(1, _BATCH_BYTES // (8 * (one.lora_A.numel() + one.lora_B.numel())))
-        for start in range(0, len(group), count):
-            batch = group[start : start + count]
-            yield batch, work(batch)
+        batches += [group[start : start + count] for start in range(0, len(group), count)]
+    return batches
 
 
 def _stacked(modules: Sequence[LoraModule], device: torch.device) -> tuple[Tensor, Tensor]:
