@@ -1,14 +1,22 @@
-"""Convert, rescale and inspect LoRA adapters. Importing this imports no torch: names load what they need when used."""
+"""Convert, rescale, truncate, stack and compare LoRA adapters.
+
+Importing this imports no torch: names load what they need when used.
+"""
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from adaptertools.adapter import Adapter, Base, Feature, FullWeight, Kind, LoraModule, RowSlice, ScaleRule, Target
-    from adaptertools.api import WriteReport, convert, from_state_dict, read, to_state_dict, write
+    from adaptertools.api import WriteReport, convert, from_state_dict, read, stored_size, to_state_dict, write
     from adaptertools.errors import AdapterToolsError
+    from adaptertools.operations.diff import diff
+    from adaptertools.operations.difference import Difference
+    from adaptertools.operations.estimate import Estimate, estimate
     from adaptertools.operations.rescale import rescale
+    from adaptertools.operations.stack import Stacked, stack
     from adaptertools.operations.summary import summarize
+    from adaptertools.operations.truncate import Outlook, Truncation, truncate, truncation_table
 
 __version__ = "0.1.0"
 
@@ -16,20 +24,31 @@ _HOMES = {
     "Adapter": "adapter",
     "AdapterToolsError": "errors",
     "Base": "adapter",
+    "Difference": "operations.difference",
+    "Estimate": "operations.estimate",
     "Feature": "adapter",
     "FullWeight": "adapter",
     "Kind": "adapter",
     "LoraModule": "adapter",
+    "Outlook": "operations.truncate",
     "RowSlice": "adapter",
     "ScaleRule": "adapter",
+    "Stacked": "operations.stack",
     "Target": "adapter",
+    "Truncation": "operations.truncate",
     "WriteReport": "api",
     "convert": "api",
+    "diff": "operations.diff",
+    "estimate": "operations.estimate",
     "from_state_dict": "api",
     "read": "api",
     "rescale": "operations.rescale",
+    "stack": "operations.stack",
+    "stored_size": "api",
     "summarize": "operations.summary",
     "to_state_dict": "api",
+    "truncate": "operations.truncate",
+    "truncation_table": "operations.truncate",
     "write": "api",
 }
 
@@ -37,20 +56,31 @@ __all__ = [
     "Adapter",
     "AdapterToolsError",
     "Base",
+    "Difference",
+    "Estimate",
     "Feature",
     "FullWeight",
     "Kind",
     "LoraModule",
+    "Outlook",
     "RowSlice",
     "ScaleRule",
+    "Stacked",
     "Target",
+    "Truncation",
     "WriteReport",
     "convert",
+    "diff",
+    "estimate",
     "from_state_dict",
     "read",
     "rescale",
+    "stack",
+    "stored_size",
     "summarize",
     "to_state_dict",
+    "truncate",
+    "truncation_table",
     "write",
 ]
 

@@ -1,6 +1,7 @@
 """One call each: read, write and convert adapters, for a path or for tensors in memory."""
 
 import inspect
+import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,8 @@ from adaptertools import formats
 from adaptertools.adapter import Adapter, HistoryEntry, merge_notes, parse_feature
 from adaptertools.containers.artifact import Artifact
 from adaptertools.containers.checkpoint import Checkpoint
+from adaptertools.containers.jsonfile import format_json
+from adaptertools.containers.room import room_for_document, room_for_tensors
 from adaptertools.containers.source import Source
 from adaptertools.destination import Progress, check_destination, default_container, store
 from adaptertools.encoding import Encoder, Loss
@@ -153,6 +156,34 @@ def write(
     )
 
 
+def stored_size(
+    adapter: Adapter,
+    *,
+    format: str,
+    container: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    drop: Collection[str] = (),
+    **options: Any,
+) -> int:
+    """At most how many bytes the files take that `write` makes of the adapter; the options are those of `write`.
+
+    Memory: none; the values of what would be folded are read
+    Raises: UnsupportedFeatureError if the format cannot carry the adapter
+    """
+    kept, module = without(adapter, drop), formats.get(format)
+    container = container or next(iter(module.CONTAINERS), None)
+    artifact = _encode(kept, format, Encoder(_dtype(dtype), allow_nonfinite=True), container=container, options=options)
+    history = [entry.to_json() for entry in kept.history]
+    copies = 1 if module.FOLDER else 2
+    return (
+        sum(tensor.nbytes for tensor in artifact.tensors.values())
+        + room_for_tensors(container or "", artifact.tensors)
+        + sum(room_for_document(format_json(document), copies) for document in artifact.documents.values())
+        + sum(room_for_document(json.dumps(text)) for text in artifact.metadata.values())
+        + room_for_document(json.dumps(history), 2)
+    )
+
+
 def convert(
     src: str | Path,
     dst: str | Path,
@@ -216,6 +247,11 @@ def oddities(path: str | Path, *, format: str, **options: Any) -> tuple[str, ...
 def read_options(format: str) -> dict[str, inspect.Parameter]:
     """The options of a format's reader that are its own: `alpha`, `slots` and `base` are those of every reader."""
     return option_types(formats.get(format).read, ("alpha", "slots", "base"))
+
+
+def reads_with(format: str, option: str) -> bool:
+    """Whether a format's reader takes `alpha`, `slots`, `base`, or an option of its own."""
+    return option in option_types(formats.get(format).read, ())
 
 
 def write_options(format: str) -> dict[str, inspect.Parameter]:

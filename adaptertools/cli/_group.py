@@ -114,4 +114,4 @@ def _one_line(message: str) -> str:
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(__version__, prog_name="adaptertools")
 def group() -> None:
-    """Convert, rescale and inspect LoRA adapters."""
+    """Convert, rescale, truncate, stack and compare LoRA adapters."""

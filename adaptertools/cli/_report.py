@@ -65,11 +65,11 @@ def table(rows: Iterable[Sequence[object]]) -> str:
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in cells)
 
 
-def writing_lines(report: "WriteReport") -> list[str]:
-    """What was written, what it lost, and what to know about it."""
+def writing_lines(report: "WriteReport", unchanged: str = "bit for bit") -> list[str]:
+    """What was written, what it lost, and what to know about it; `unchanged` is the word for nothing lost."""
     lines = [
         field("modules", f"{report.modules:,}"),
-        field("stored", f"{size(report.nbytes)} in {report.container}, {values_line(report)}"),
+        field("stored", f"{size(report.nbytes)} in {report.container}, {values_line(report, unchanged)}"),
     ]
     if report.left_out:
         lines.append(field("left out", f"{len(report.left_out)}: {few(report.left_out)}"))
@@ -81,10 +81,10 @@ def writing_lines(report: "WriteReport") -> list[str]:
     return lines + [field("note", note) for note in report.notes]
 
 
-def values_line(report: "WriteReport") -> str:
+def values_line(report: "WriteReport", unchanged: str = "bit for bit") -> str:
     """Whether the values in the file are those that were read, and how far off if not."""
     if not report.losses:
-        return "bit for bit"
+        return unchanged
     folded = [loss for loss in report.losses if loss.factor != 1.0]
     cast = Counter(loss.dtype for loss in report.losses if loss.factor == 1.0)
     done = [f"scaling folded into {count(len(folded), 'tensor')}"] if folded else []

@@ -1,7 +1,7 @@
 """Options that commands share, gathered into one object each, so that a command takes them in one line."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +10,7 @@ import click
 
 if TYPE_CHECKING:
     from adaptertools.adapter import Adapter
+    from adaptertools.operations.truncate import Measure
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -49,6 +50,27 @@ class Reading:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Sources:
+    """How to read several adapters, as the reading options for many say."""
+
+    source_formats: Sequence[str]
+    source_alphas: Sequence[float]
+    slots: str | None
+    base: str | None
+    in_options: Sequence[str]
+    allow_nonfinite: bool = False
+
+    def read_all(self, srcs: Sequence[str]) -> "list[Adapter]":
+        """The adapters at these places, in order.
+
+        Raises: AdapterToolsError; OptionError for an option that is meant for none of them
+        """
+        from adaptertools.cli._sources import read_sources
+
+        return read_sources(self, srcs)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Writing:
     """How to write an adapter, as the writing options say."""
 
@@ -82,6 +104,35 @@ class Writing:
         if self.container is None and origin.container in formats.get(origin.format).CONTAINERS:
             given["container"] = origin.container
         return {**origin.options, **given, "format": origin.format}
+
+
+def measure(how: Mapping[str, Any]) -> "Measure":
+    """What files take that are written with these arguments of `adaptertools.write`, in any dtype."""
+    from adaptertools import api
+
+    options = {name: value for name, value in how.items() if name not in ("overwrite", "dtype")}
+    return lambda adapter, dtype: api.stored_size(adapter, dtype=dtype, **options)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankChoice:
+    """The rank that modules are given, as the rank options say, and where that is computed."""
+
+    rank: int | None
+    energy: float | None
+    error: float | None
+    size: str | None
+    max_rank: int | None
+    device: str
+
+    @property
+    def given(self) -> bool:
+        """Whether any option asks for truncation; `--device` alone does not."""
+        return any(value is not None for value in (self.rank, self.energy, self.error, self.size, self.max_rank))
+
+    def arguments(self) -> dict[str, Any]:
+        """The keyword arguments of `adaptertools.truncate`, without `dtype`."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,6 +182,43 @@ def reading_options(*alpha: str) -> Decorator:
     )
 
 
+def sources_options(*, writes: bool = True) -> Decorator:
+    """The options of every command that reads several adapters, as its argument `sources`.
+
+    One that writes nothing has no NaN to carry along.
+    """
+    nonfinite = [click.option("--allow-nonfinite", is_flag=True, help="Carry NaN and infinity along.")]
+    return _gathered(
+        "sources",
+        Sources,
+        click.option(
+            "--from",
+            "source_formats",
+            type=FORMAT,
+            multiple=True,
+            help="Format of the sources: once for all, or once for each in order. [default: told by their content]",
+        ),
+        click.option(
+            "--source-alpha",
+            "source_alphas",
+            type=float,
+            multiple=True,
+            metavar="A",
+            help="Alpha of the sources that cannot state it: once for all of these, or once for each in order.",
+        ),
+        click.option("--slots", metavar="SLOTS", help="Adapted slots of fused projections, where a source has none."),
+        click.option("--base", metavar="BASE", help="Base model, whose headers settle names and shapes."),
+        *(nonfinite if writes else []),
+        click.option(
+            "--in",
+            "in_options",
+            multiple=True,
+            metavar="NAME=VALUE",
+            help="Option of a source's format, for every source whose format has it; repeatable.",
+        ),
+    )
+
+
 def writing_options() -> Decorator:
     """The options of every command that writes an adapter, as its argument `writing`."""
     return _gathered(
@@ -157,6 +245,27 @@ def selection_options() -> Decorator:
     )
 
 
+def rank_options() -> Decorator:
+    """How far to lower the rank, and `--device`, as the argument `ranks`."""
+    return _gathered(
+        "ranks",
+        RankChoice,
+        click.option("--rank", type=int, metavar="N", help="At most N in every module."),
+        click.option("--energy", type=float, metavar="F", help="Keep the share F of each module's squared norm."),
+        click.option("--error", type=float, metavar="F", help="The smallest file within the relative error F in all."),
+        click.option("--size", metavar="BYTES", help="The best that fits: 20MB, 1.5MiB, 300000 or 50%."),
+        click.option("--max-rank", type=int, metavar="N", help="At most N, whatever the other options say."),
+        device_option(),
+    )
+
+
+def device_option() -> Decorator:
+    """`--device`, as the argument `device`."""
+    return click.option(
+        "--device", metavar="D", default="auto", show_default=True, help="Where to compute: auto, cpu, cuda or cuda:N."
+    )
+
+
 def output_options() -> Decorator:
     """`--json` and `-q`, as the argument `output`."""
     return _gathered(
@@ -173,7 +282,7 @@ def _gathered(name: str, kind: type[Any], *options: Decorator) -> Decorator:
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def command(*args: Any, **given: Any) -> Any:
-            values = {field.name: given.pop(field.name) for field in fields(kind)}
+            values = {field.name: given.pop(field.name) for field in fields(kind) if field.name in given}
             return function(*args, **{name: kind(**values)}, **given)
 
         return _all(*options)(command)

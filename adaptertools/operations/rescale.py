@@ -132,7 +132,8 @@ def _keep_ratio(module: LoraModule, alpha: float) -> _Rescaled:
     if rank < module.nominal_rank:
         raise UnsupportedFeatureError(
             f"{module.target}: keeping the scaling with alpha {alpha:g} lowers the rank from {module.nominal_rank} to "
-            f"{rank}, which loses part of the weights: use truncate for that. keep=delta changes alpha alone"
+            f"{rank}, which loses part of the weights: use truncate for that (adaptertools truncate --rank {rank}). "
+            "keep=delta changes alpha alone"
         )
     if rank * module.kernel_fold > max(module.in_features, module.out_features, module.rank):
         raise UnsupportedFeatureError(

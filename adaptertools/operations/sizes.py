@@ -1,0 +1,68 @@
+"""Bytes: how many an adapter takes where it is stored, and how many the user allows it."""
+
+import json
+import re
+from decimal import Decimal, InvalidOperation
+
+import torch
+from torch import Tensor
+
+from adaptertools.adapter import Adapter
+from adaptertools.containers.room import room_for_document, room_for_tensors
+from adaptertools.errors import OptionError
+
+_UNITS = {
+    "": 1,
+    "b": 1,
+    **{f"{prefix}b": 1000**power for power, prefix in enumerate("kmgt", 1)},
+    **{f"{prefix}ib": 1024**power for power, prefix in enumerate("kmgt", 1)},
+}
+
+_ROOM_PER_MODULE = 200
+"""Beside two mentions of its name: rank, alpha and quotation marks in a configuration."""
+
+
+def stored_bytes(adapter: Adapter, dtype: torch.dtype | None = None) -> int:
+    """At most how many bytes a folder takes that stores every tensor once, with names and configuration beside them.
+
+    `dtype` is what floating-point tensors are cast to. Formats that fold scalings, or that put several modules into one
+    pair of tensors, may need more.
+    """
+    named = adapter.named_tensors
+    once = {(t.data_ptr(), tuple(t.shape), t.stride()): t for t in named.values()}
+    names = [str(module.target) for module in adapter.modules]
+    said = {"history": [entry.to_json() for entry in adapter.history], "metadata": dict(adapter.metadata)}
+    return (
+        sum(tensor_bytes(tensor, dtype) for tensor in once.values())
+        + room_for_tensors("safetensors", named)
+        + sum(2 * len(name.encode()) + _ROOM_PER_MODULE for name in names)
+        + room_for_document(json.dumps(said, default=str), 2)
+    )
+
+
+def tensor_bytes(tensor: Tensor, dtype: torch.dtype | None) -> int:
+    """The bytes of a tensor once it is cast."""
+    return tensor.numel() * (dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype).itemsize
+
+
+def parse_size(size: int | str, whole: int) -> int:
+    """A number of bytes: as such, with a unit (`20MB` is 20·10⁶, `20MiB` is 20·2²⁰), or as a percentage of `whole`.
+
+    Raises: OptionError
+    """
+    if isinstance(size, bool) or not isinstance(size, int | str):
+        raise OptionError(f"size is {size!r:.40}, expected bytes such as 300000, 20MB, 1.5MiB or 50%")
+    match = re.fullmatch(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?|\.[0-9]+)\s*([a-z]*|%)\s*", str(size).lower())
+    unit = match[2] if match else "?"
+    if not match or unit not in (*_UNITS, "%"):
+        raise OptionError(f"size is {size!r:.40}, expected bytes such as 300000, 20MB, 1.5MiB or 50%")
+    try:
+        number = Decimal(match[1])
+    except InvalidOperation:
+        raise OptionError(f"size is {size!r:.40}, expected a number before the unit") from None
+    if unit == "%" and number > 100:
+        raise OptionError(f"size is {size!r:.40}, expected at most 100%: truncating makes nothing larger")
+    found = int(number * whole / 100) if unit == "%" else int(number * _UNITS[unit])
+    if found < 1:
+        raise OptionError(f"size is {size!r:.40}, expected more than nothing")
+    return found
