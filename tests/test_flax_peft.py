@@ -10,6 +10,7 @@ import pytest
 import torch
 from flax_oracle import Layers, inputs, output, peft_model, saved
 from peft import PeftModel
+from proof import assert_diff_proves
 from safetensors.torch import load_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -44,7 +45,8 @@ def test_a_peft_adapter_survives_the_way_through_flax(
     model = peft_model(Layers(), **CASES[case]).to(dtype)
     source = saved(model, tmp_path / "source")
     there = adaptertools.convert(source, tmp_path / "flax", to=format, container=container)
-    adaptertools.convert(tmp_path / "flax", tmp_path / "back", to="peft")
+    back_again = adaptertools.convert(tmp_path / "flax", tmp_path / "back", to="peft")
+    assert_diff_proves(adaptertools.read(source), adaptertools.read(tmp_path / "back"), there, back_again)
     before = load_file(source / "adapter_model.safetensors")
     after = load_file(tmp_path / "back" / "adapter_model.safetensors")
     assert before.keys() == after.keys()
@@ -85,6 +87,7 @@ def test_a_transposed_layer_stays_transposed(tmp_path: Path) -> None:
     adaptertools.convert(saved(model, tmp_path / "source"), tmp_path / "flax", to="flax")
     adaptertools.convert(tmp_path / "flax", tmp_path / "back", to="peft")
     assert json.loads((tmp_path / "back" / "adapter_config.json").read_text())["fan_in_fan_out"] is True
+    assert adaptertools.diff(*(adaptertools.read(tmp_path / name) for name in ("source", "back")), tolerance=0).same
 
 
 @pytest.mark.parametrize("format", ["flax", "flax-qwix", "flax-gemma"])

@@ -1,11 +1,14 @@
 """One harness for every format in the folder: write, read back, compare; nothing is listed by name."""
 
+import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from proof import assert_diff_proves, proven
 from strategies import adapters
 
 import adaptertools
@@ -16,6 +19,7 @@ from adaptertools.containers.source import Source
 from adaptertools.errors import DestinationExistsError, OptionError, UnsupportedFeatureError
 
 WRITABLE = [name for name in formats.names() if formats.get(name).CONTAINERS]
+PAIRS = list(itertools.permutations(WRITABLE, 2))
 COMBINATIONS = [(name, container) for name in WRITABLE for container in formats.get(name).CONTAINERS]
 
 
@@ -85,9 +89,47 @@ def test_what_a_format_writes_it_reads_back(name: str, container: str, data: st.
             return
         raise
     assert formats.detect(Source(dst)) == name
-    assert_same_meaning(adapter, adaptertools.read(dst), report)
+    again = adaptertools.read(dst)
+    assert_same_meaning(adapter, again, report)
+    assert_diff_proves(adapter, again, report)
     for key, tensor in adapter.named_tensors.items():
         assert torch.equal(tensor, snapshot[key]), f"writing changed {key}"
+
+
+@pytest.mark.parametrize(("one", "other"), PAIRS)
+@given(data=st.data())
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_an_adapter_is_the_same_in_every_two_formats_that_carry_it(
+    one: str, other: str, data: st.DataObject, tmp_path: Path
+) -> None:
+    carried = formats.get(one).CARRIES & formats.get(other).CARRIES
+    adapter = data.draw(adapters(carried))
+    paths = [tmp_path / name if formats.get(name).FOLDER else tmp_path / f"{name}.bin" for name in (one, other)]
+    try:
+        first = adaptertools.write(adapter, paths[0], format=one, overwrite=paths[0].exists())
+        second = adaptertools.convert(paths[0], paths[1], to=other, overwrite=paths[1].exists())
+    except UnsupportedFeatureError:
+        if adapter.features:
+            return
+        raise
+    between, after = (adaptertools.read(path) for path in paths)
+    assert_diff_proves(adapter, after, first, second)
+    assert_diff_proves(between, after, second)
+
+
+def test_a_conversion_that_changes_the_adapter_is_caught(plain: Adapter, tmp_path: Path) -> None:
+    """The fixture `every_conversion_is_proven` would notice."""
+    strength = 1.0
+
+    def convert(src: Path, dst: Path, *, to: str) -> WriteReport:
+        stronger = adaptertools.read(src).map_modules(lambda module: replace(module, alpha=module.alpha * strength))
+        return adaptertools.write(stronger, dst, format=to, overwrite=True)
+
+    src = adaptertools.write(plain, tmp_path / "src", format="peft").path
+    proven(convert)(src, tmp_path / "dst", to="loralib")
+    strength = 1 + 2.0**-40
+    with pytest.raises(AssertionError):
+        proven(convert)(src, tmp_path / "dst", to="loralib")
 
 
 @pytest.mark.parametrize("name", WRITABLE)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from proof import assert_diff_proves
 from safetensors.torch import load_file, save_file
 
 import adaptertools
@@ -457,6 +458,7 @@ def test_what_was_read_is_written_and_read_again_without_options(name: str, cont
     report = adaptertools.write(adapter, tmp_path / "out", format="loralib", container=container)
     assert report.exact
     again = adaptertools.read(tmp_path / "out")
+    assert adaptertools.diff(adapter, again, tolerance=0).same
     assert [m.target for m in again.modules] == [m.target for m in adapter.modules]
     for one, other in zip(adapter.modules, again.modules, strict=True):
         assert torch.equal(one.lora_A, other.lora_A)
@@ -521,6 +523,7 @@ def test_several_alphas_are_folded_and_alpha_becomes_each_layers_r(tmp_path: Pat
     assert torch.equal(written["b.lora_B"], folded)
     again = {m.target.parameter: m for m in adaptertools.read(tmp_path / "out.pt").modules}
     assert (again["b"].alpha, again["b"].scaling) == (3.0, 1.0)
+    assert_diff_proves(adapter, adaptertools.read(tmp_path / "out.pt"), report)
     sidecar = json.loads((tmp_path / "out.pt.adaptertools.json").read_text())
     assert sidecar["layers"]["b"]["folded"] == {"alpha": 5.0, "scale_rule": "alpha/r"}
 
@@ -735,6 +738,8 @@ def test_peft_to_loralib_to_peft_is_bit_for_bit(container: str, tmp_path: Path) 
     assert all(torch.equal(one[key], other[key]) for key in one)
     configs = [json.loads((folder / "adapter_config.json").read_text()) for folder in (first, tmp_path / "again")]
     assert configs[0] == configs[1]
+    for path in (middle.path, tmp_path / "again"):
+        assert adaptertools.diff(adapter, adaptertools.read(path), tolerance=0).same
 
 
 def test_rslora_survives_where_the_factors_do(tmp_path: Path) -> None:
@@ -744,6 +749,7 @@ def test_rslora_survives_where_the_factors_do(tmp_path: Path) -> None:
     adaptertools.convert(tmp_path / "lora.pt", tmp_path / "again", to="peft")
     config = json.loads((tmp_path / "again" / "adapter_config.json").read_text())
     assert (config["use_rslora"], config["lora_alpha"], config["r"]) == (True, 16, 4)
+    assert adaptertools.diff(Adapter(modules=(rslora,)), adaptertools.read(tmp_path / "again"), tolerance=0).same
 
 
 def test_a_loralib_convolution_is_no_peft_convolution(tmp_path: Path) -> None:
