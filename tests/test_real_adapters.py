@@ -1,12 +1,16 @@
 """Adapters that other people trained, where a folder of them stands beside the checkout; without it nothing is lost."""
 
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import Ran
+from proof import assert_diff_proves
 
 import adaptertools
-from adaptertools import formats
+from adaptertools import api, formats
 from adaptertools.adapter import Adapter
 from adaptertools.containers.source import Source
 from adaptertools.errors import MissingAlphaError, NotLoraError, UnsupportedFeatureError
@@ -78,6 +82,38 @@ def test_the_real_loralib_checkpoint_becomes_an_adapter_that_peft_loads(tmp_path
     assert torch.equal(merged["classifier.out_proj.weight"], stored["classifier.out_proj.weight"])
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_two_real_adapters_are_stacked_truncated_and_loaded_by_peft(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    sources = [read(LORALIB), read("peft_monteclora_roberta_mrpc")]
+    with pytest.raises(
+        UnsupportedFeatureError, match=r"source 1 \(loralib_roberta_base_mnli\).*classifier\.dense\.bias"
+    ):
+        adaptertools.stack(sources)
+    done = adaptertools.stack(sources, full_weights=1, rank=8)
+    assert done.exact
+    assert done.truncation is not None
+    assert {m.rank for m in done.adapter.modules} == {8}
+    assert len(done.left_out) == 4
+    adaptertools.write(done.adapter, tmp_path / "out", format="peft")
+    config = transformers.RobertaConfig(num_labels=3, vocab_size=100, max_position_embeddings=66)
+    model = transformers.RobertaForSequenceClassification(config)
+    base = {name: parameter.clone() for name, parameter in model.state_dict().items()}
+    wrapped = peft.PeftModel.from_pretrained(model, tmp_path / "out")
+    merged = wrapped.merge_and_unload().state_dict()
+    deltas = [{m.target.parameter: m.delta_weight(dtype=torch.float64) for m in one.modules} for one in sources]
+    assert deltas[0].keys() == deltas[1].keys()
+    total = distance = 0.0
+    for name, first in deltas[0].items():
+        exact = first + deltas[1][name]
+        found = merged[f"{name}.weight"].double() - base[f"{name}.weight"].double()
+        total, distance = total + float(exact.norm()) ** 2, distance + float((found - exact).norm()) ** 2
+    assert (distance / total) ** 0.5 == pytest.approx(done.truncation.relative_error, rel=1e-3)
+    stored = torch.load(REAL / LORALIB / "roberta_base_lora_mnli.bin", map_location="cpu", weights_only=True)
+    assert torch.equal(merged["classifier.out_proj.weight"], stored["classifier.out_proj.weight"])
+
+
 @pytest.mark.parametrize("format", [name for name in formats.names() if formats.get(name).CONTAINERS])
 @pytest.mark.parametrize("name", [LORALIB, *PEFT])
 def test_real_adapters_survive_every_format_that_can_hold_them(name: str, format: str, tmp_path: Path) -> None:
@@ -90,6 +126,7 @@ def test_real_adapters_survive_every_format_that_can_hold_them(name: str, format
         assert not dst.exists()
     report = adaptertools.write(adapter, dst, format=format, drop=[feature.value for feature in missing])
     assert formats.detect(Source(dst)) == format
+    assert_diff_proves(api.without(adapter, missing), adaptertools.read(dst), report)
     again = {str(module.target): module for module in adaptertools.read(dst).modules}
     assert again.keys() == {str(module.target) for module in adapter.modules}
     for module in adapter.modules:
@@ -97,3 +134,34 @@ def test_real_adapters_survive_every_format_that_can_hold_them(name: str, format
         delta = module.lora_B.double() @ module.lora_A.double() * module.scaling
         error = (other.lora_B.double() @ other.lora_A.double() * other.scaling - delta).norm() / delta.norm()
         assert error <= report.max_relative_error + 1e-15
+
+
+def test_the_real_loralib_checkpoint_and_its_conversion_to_peft_are_the_same(
+    run: Callable[..., Ran], tmp_path: Path
+) -> None:
+    adaptertools.convert(REAL / LORALIB, tmp_path / "peft", to="peft", read_options={"alpha": 16})
+    ran = run("diff", REAL / LORALIB, tmp_path / "peft", "--source-alpha", "16", "--tolerance", "0", "--json")
+    assert (ran.code, ran.json["relative_distance"], ran.json["weights"]) == (0, 0, [])
+    assert ran.json["modules"] == {"in_both": 24, "identical": 24, "only_in_a": [], "only_in_b": []}
+    assert run("diff", REAL / LORALIB, tmp_path / "peft", "--source-alpha", "8").code == 4
+
+
+def test_two_real_adapters_of_one_model_are_not_the_same(run: Callable[..., Ran]) -> None:
+    other = "peft_monteclora_roberta_mrpc"
+    ran = run("diff", REAL / LORALIB, REAL / other, "--source-alpha", "16", "--json")
+    assert ran.code == 4
+    one, two = (
+        {m.target.parameter: m.lora_B.double() @ m.lora_A.double() * m.scaling for m in read(name).modules}
+        for name in (LORALIB, other)
+    )
+    assert one.keys() == two.keys()
+    norm, apart = (
+        math.hypot(*(float(matrix.norm()) for matrix in matrices))
+        for matrices in (one.values(), [one[name] - two[name] for name in one])
+    )
+    assert ran.json["norm_a"] == pytest.approx(norm, rel=1e-12)
+    assert ran.json["relative_distance"] == pytest.approx(apart / norm, rel=1e-12)
+    assert {weight["name"] for weight in ran.json["weights"]} >= {
+        "classifier.out_proj.weight",
+        "classifier.dense.weight",
+    }

@@ -82,6 +82,14 @@ def _operation(entry: Mapping[str, Any]) -> str:
 
 
 def _plain(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return number(value) if isinstance(value, int | float) else str(value)
+    match value:
+        case bool():
+            return "yes" if value else "no"
+        case int() | float():
+            return number(value)
+        case list() | tuple():
+            return f"[{', '.join(map(_plain, value))}]"
+        case Mapping():
+            return f"({', '.join(f'{key} {_plain(item)}' for key, item in value.items())})"
+        case _:
+            return str(value)

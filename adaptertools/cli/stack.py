@@ -1,0 +1,182 @@
+"""`adaptertools stack`: several adapters become one."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from adaptertools.cli.options import (
+    FORMAT,
+    Output,
+    RankChoice,
+    Sources,
+    Writing,
+    measure,
+    output_options,
+    rank_options,
+    sources_options,
+    writing_options,
+)
+
+if TYPE_CHECKING:
+    from adaptertools.api import WriteReport
+    from adaptertools.operations.stack import Method, Stacked
+
+_METHODS = ("sum", "ties", "dare-linear", "dare-ties", "knots-ties")
+
+
+@click.command("stack", short_help="Combine adapters into one.")
+@click.argument("paths", nargs=-1, metavar="SRC SRC... DST")
+@click.option("--weights", metavar="W,W,...", help="A weight for each source, such as 0.7,0.3,-1. [default: all 1]")
+@click.option(
+    "--method",
+    type=click.Choice(_METHODS),
+    default="sum",
+    show_default=True,
+    help="What becomes of w·ΔW of all sources.",
+)
+@click.option(
+    "--density",
+    type=float,
+    metavar="F",
+    help="Share of entries that ties, dare and knots keep. [default: 0.2 for ties and knots-ties, 0.5 for dare]",
+)
+@click.option("--seed", type=int, metavar="S", help="What dare drops by. [default: 0]")
+@click.option(
+    "--full-weights",
+    type=int,
+    metavar="SRC_NUMBER",
+    help="Source, from 1 on, whose heads and other whole weights count.",
+)
+@click.option("--force", is_flag=True, help="Stack adapters of different base models; the first is kept.")
+@click.option("--to", type=FORMAT, help="Format of DST. [default: that of the first source]")
+@rank_options()
+@writing_options()
+@sources_options()
+@output_options()
+def command(
+    paths: tuple[str, ...],
+    weights: str | None,
+    method: "Method",
+    density: float | None,
+    seed: int | None,
+    full_weights: int | None,
+    force: bool,
+    to: str | None,
+    ranks: RankChoice,
+    writing: Writing,
+    sources: Sources,
+    output: Output,
+) -> None:
+    """Combine the adapters SRC into one and write it to DST, in the format of the first unless --to names another.
+
+    sum gives w1·ΔW1 + w2·ΔW2 + … exactly, by concatenation, so that the ranks add up. ties, dare-linear, dare-ties and
+    knots-ties drop and elect entries in the sources' joint singular basis. A rank option then lowers the rank of the
+    result, and says how near it stays.
+    """
+    from adaptertools import api, formats
+    from adaptertools.cli._progress import progress
+    from adaptertools.destination import check_destination
+    from adaptertools.operations.stack import stack
+
+    *srcs, dst = _places(paths)
+    given = _weights(weights, len(srcs))
+    adapters = sources.read_all(srcs)
+    how = writing.arguments_like(adapters[0]) if to is None else {**writing.arguments(to), "format": to}
+    check_destination(Path(dst), formats.get(how["format"]), how["overwrite"])
+    with progress("stack", output, "module") as advance:
+        stacked = stack(
+            adapters,
+            given,
+            method=method,
+            density=density,
+            seed=seed,
+            full_weights=full_weights,
+            force=force,
+            allow_nonfinite=sources.allow_nonfinite,
+            dtype=how["dtype"],
+            measure=measure(how),
+            on_progress=advance,
+            **ranks.arguments(),
+        )
+    with progress("write", output) as advance:
+        report = api.write(stacked.adapter, dst, allow_nonfinite=sources.allow_nonfinite, on_progress=advance, **how)
+    output.show(lambda: _text(srcs, stacked, report), lambda: _document(srcs, stacked, report))
+
+
+def _places(paths: Sequence[str]) -> Sequence[str]:
+    """Raises: click.UsageError unless there are two sources and a destination"""
+    if len(paths) < 3:
+        raise click.UsageError("Expected two sources at least, and a destination: SRC SRC... DST.")
+    return paths
+
+
+def _weights(text: str | None, count: int) -> list[float] | None:
+    """Raises: OptionError"""
+    from adaptertools.errors import OptionError
+
+    if text is None:
+        return None
+    try:
+        weights = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise OptionError(f"--weights {text}: expected numbers with commas between, such as 0.7,0.3,-1") from None
+    if len(weights) != count:
+        raise OptionError(f"--weights {text}: {len(weights)} weights for {count} sources; give one for each, in order")
+    return weights
+
+
+def _text(srcs: Sequence[str], stacked: "Stacked", report: "WriteReport") -> str:
+    from dataclasses import replace
+
+    from adaptertools.cli._report import change, error, field, number, span, writing_lines
+
+    said, cut = stacked.settings, stacked.truncation
+    whole = replace(report, left_out=(*report.left_out, *stacked.left_out))
+    choices = [f"{name} {said[name]:g}" for name in ("density", "seed") if name in said]
+    lines = [
+        f"Stacked {len(srcs)} adapters into {report.path} ({report.format}): {', '.join([said['method'], *choices])}"
+    ]
+    lines += [
+        field("source", f"{number(source['weight'])} × {src}")
+        for src, source in zip(srcs, said["sources"], strict=True)
+    ]
+    ranks = [row.rank for row in stacked.rows]
+    lines.append(change("rank", (rank for row in stacked.rows for rank in row.ranks if rank), ranks))
+    lines.append(field("delta weight", _exactness(stacked)))
+    if cut is not None:
+        after = span(module.nominal_rank for module in stacked.adapter.modules)
+        lines += [
+            field("truncated", f"rank {span(ranks)} -> {after} by {cut.choice}, energy kept {number(cut.energy)}"),
+            field("error", f"{cut.relative_error:.4g} of the norm of the delta weight, exact"),
+            field("rounding", f"{error(cut.rounding_error)}, beside that error"),
+        ]
+    return "\n".join([*lines, *writing_lines(whole, "as computed")])
+
+
+def _exactness(stacked: "Stacked") -> str:
+    from adaptertools.cli._report import error
+
+    if stacked.exact:
+        return "exact, checked bit by bit"
+    said = []
+    if stacked.max_relative_error:
+        said.append(f"largest relative error {error(stacked.max_relative_error)}")
+    if stacked.rounding_error:
+        said.append(f"new factors rounded to within {error(stacked.rounding_error)} of the norm of each")
+    return ", ".join(said)
+
+
+def _document(srcs: Sequence[str], stacked: "Stacked", report: "WriteReport") -> dict[str, Any]:
+    from adaptertools.cli._report import writing_document
+
+    done, cut = stacked.to_json(), stacked.truncation
+    given = zip(srcs, stacked.settings["sources"], strict=True)
+    lost = cut is not None and (cut.relative_error > 0 or cut.rounding_error > 0)
+    return {
+        "stack": {**done, "sources": [{"path": src, "weight": source["weight"]} for src, source in given]},
+        **writing_document(report),
+        "exact": stacked.exact and report.exact and not lost,
+        "max_relative_error": stacked.max_relative_error + report.max_relative_error,
+    }
