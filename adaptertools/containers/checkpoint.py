@@ -44,6 +44,8 @@ class Checkpoint:
     dtypes: Mapping[str, torch.dtype]
     config: Mapping[str, Any] = field(default_factory=dict)
     label: str
+    shared: frozenset[str] = frozenset()
+    """Tensors whose bytes are those of one before: tied weights, as torch files keep them."""
 
     @classmethod
     def open(cls, path: Path) -> Self:
@@ -57,13 +59,21 @@ class Checkpoint:
         files = _read_shards(weights) if weights.name.endswith(_INDEX) else [_read_weights(weights)]
         shapes: dict[str, tuple[int, ...]] = {}
         dtypes: dict[str, torch.dtype] = {}
+        shared: set[str] = set()
         for file in files:
+            shared |= _shared(file)
             for name, tensor in file.tensors.items():
                 if name in shapes:
                     raise DamagedFileError(f"{file.label}: {name} stands in another shard too; which one is meant?")
                 shapes[name], dtypes[name] = tuple(tensor.shape), tensor.dtype
         config = weights.parent / _CONFIG
-        return cls(shapes=shapes, dtypes=dtypes, config=read_json(config) if config.is_file() else {}, label=str(path))
+        return cls(
+            shapes=shapes,
+            dtypes=dtypes,
+            config=read_json(config) if config.is_file() else {},
+            label=str(path),
+            shared=frozenset(shared),
+        )
 
     def shape_of(self, parameter: str) -> tuple[int, ...]:
         """The shape of a parameter, whose name may lack its final `.weight`.
@@ -112,6 +122,18 @@ def _read_shards(index: Path) -> list[TensorFile]:
             raise DamagedFileError(f"{shard}: {index.name} and the shard disagree about {', '.join(odd[:3])}")
         shards.append(file)
     return shards
+
+
+def _shared(file: TensorFile) -> set[str]:
+    """The tensors of a file that lie where one before them lies."""
+    seen: set[tuple[int, torch.Size]] = set()
+    found = set()
+    for name, tensor in file.tensors.items():
+        place = (tensor.data_ptr(), tensor.shape)
+        if place in seen and tensor.numel():
+            found.add(name)
+        seen.add(place)
+    return found
 
 
 def _read_weights(path: Path) -> TensorFile:
