@@ -22,6 +22,9 @@ _EPSILON = torch.finfo(torch.float64).eps
 _ORTHOGONAL_ENOUGH = 1e-2
 """How far the Gram matrix of CholeskyQR's first pass may be from the identity, so that the second makes it exact."""
 
+_ONE_STEP = 1000
+"""Exponents below this have a power of two whose reciprocal float64 holds; others are divided out in two steps."""
+
 _CORES_AT_ONCE = 4
 """Cores of a GPU's batch that one thread of the CPU takes at a time."""
 
@@ -175,8 +178,11 @@ def balance_(wide: Tensor) -> Tensor:
     size = torch.maximum(wide.amax(dim=-2), -wide.amin(dim=-2))
     exponents = torch.frexp(size).exponent.to(torch.float64)
     exponents += 0.0 * size  # NaN where it is not finite: LAPACK may lose that
-    half = torch.trunc(exponents / 2)
-    for power in (-half, half - exponents):  # in two steps: 2**-1074 has no reciprocal
+    steps = [-exponents]
+    if not bool((exponents.abs() < _ONE_STEP).all()):
+        half = torch.trunc(exponents / 2)
+        steps = [-half, half - exponents]
+    for power in steps:
         wide *= torch.exp2(power).unsqueeze(-2)
     return exponents
 

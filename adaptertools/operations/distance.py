@@ -39,7 +39,8 @@ class _Columns:
     @classmethod
     def side_by_side(cls, one: Tensor, other: Tensor) -> Self:
         rank, other_rank = one.shape[-1], other.shape[-1]
-        values = one.new_empty((*one.shape[:-1], rank + other_rank), dtype=torch.float64)
+        transposed = (*one.shape[:-2], rank + other_rank, one.shape[-2])
+        values = one.new_empty(transposed, dtype=torch.float64).mT  # columns in a row, as LAPACK takes them
         values[..., :rank], values[..., rank:] = one, other
         return cls(values, balance_(values))
 
