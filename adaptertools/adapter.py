@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from itertools import pairwise
+from pathlib import PurePath
 from typing import Any, Self
 
 from torch import Tensor
@@ -29,6 +30,7 @@ __all__ = [
     "ScaleRule",
     "Target",
     "WeightRole",
+    "expect_adapter",
     "merge_notes",
     "parse_feature",
 ]
@@ -77,12 +79,15 @@ class Base:
     """The base model that an adapter belongs to.
 
     `change` names what an initialisation such as PiSSA did to the base weights before training: the factors then
-    belong to the changed weights, not to the published ones.
+    belong to the changed weights, not to the published ones. `layer_replication` builds the model of published layers:
+    ((0, 4), (2, 5)) are layers 0 to 3 and then 2 to 4. Their weights are the published ones, and the modules count the
+    layers of the model that is built. Empty, it is the model as published.
     """
 
     id: str | None = None
     revision: str | None = None
     change: str | None = None
+    layer_replication: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,6 +186,8 @@ class Adapter:
             held.add(Feature.TOKEN_ROWS)
         if any(base.change for base in self.bases.values()):
             held.add(Feature.CHANGED_BASE)
+        if any(base.layer_replication for base in self.bases.values()):
+            held.add(Feature.LAYER_REPLICATION)
         if self.invocation_tokens is not None:
             held.add(Feature.ALORA)
         return frozenset(held)
@@ -195,7 +202,9 @@ class Adapter:
             case Feature.TOKEN_ROWS:
                 return list(self.row_weights)
             case Feature.CHANGED_BASE:
-                return [f"{base.id or 'base model'} ({base.change})" for base in self.bases.values() if base.change]
+                return [f"{base.change} initialisation" for base in self.bases.values() if base.change]
+            case Feature.LAYER_REPLICATION:
+                return [_rearranged(base) for base in self.bases.values() if base.layer_replication]
             case Feature.ALORA:
                 return ["invocation tokens"] if self.invocation_tokens is not None else []
             case _:
@@ -216,6 +225,9 @@ class Adapter:
                 return replace(self, row_weights={})
             case Feature.CHANGED_BASE:
                 return replace(self, bases={name: replace(base, change=None) for name, base in self.bases.items()})
+            case Feature.LAYER_REPLICATION:
+                bases = {name: replace(base, layer_replication=()) for name, base in self.bases.items()}
+                return replace(self, bases=bases)
             case Feature.ALORA:
                 return replace(self, invocation_tokens=None)
             case _:
@@ -244,6 +256,30 @@ class Adapter:
         from adaptertools.api import to_state_dict  # the one import upwards: it lets the method stand where users look
 
         return to_state_dict(self, format=format, **options)
+
+
+def expect_adapter(given: object) -> Adapter:
+    """The adapter itself.
+
+    Raises: OptionError for its path, for a result that holds it, and for anything else
+    """
+    if isinstance(given, Adapter):
+        return given
+    if isinstance(given, str | PurePath):
+        advice = f"read it first: adaptertools.read({str(given)!r:.80})"
+    elif isinstance(getattr(given, "adapter", None), Adapter):
+        advice = "give its .adapter"
+    else:
+        advice = "adaptertools.read gives one"
+    raise OptionError(f"expected an Adapter, found {type(given).__name__}: {advice}")
+
+
+def _rearranged(base: Base) -> str:
+    ranges = [list(layers) for layers in base.layer_replication]
+    return (
+        f"{base.id or 'base model'} built of layers {ranges}; on the published layers, factors meet others than they "
+        "were trained on, or none"
+    )
 
 
 def merge_notes(*notes: Iterable[str]) -> tuple[str, ...]:

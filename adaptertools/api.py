@@ -1,7 +1,6 @@
 """One call each: read, write and convert adapters, for a path or for tensors in memory."""
 
 import inspect
-import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,13 +10,19 @@ import torch
 from torch import Tensor
 
 from adaptertools import formats
-from adaptertools.adapter import Adapter, HistoryEntry, merge_notes, parse_feature
+from adaptertools.adapter import Adapter, HistoryEntry, expect_adapter, merge_notes, parse_feature
 from adaptertools.containers.artifact import Artifact
 from adaptertools.containers.checkpoint import Checkpoint
-from adaptertools.containers.jsonfile import format_json
-from adaptertools.containers.room import room_for_document, room_for_tensors
-from adaptertools.containers.source import Source
-from adaptertools.destination import Progress, check_destination, default_container, store
+from adaptertools.containers.source import Source, as_path
+from adaptertools.destination import (
+    Progress,
+    check_beside,
+    check_destination,
+    default_container,
+    foreseen_size,
+    left_behind,
+    store,
+)
 from adaptertools.encoding import Encoder, Loss
 from adaptertools.errors import OptionError
 from adaptertools.operations.select import left_out, select
@@ -28,13 +33,15 @@ from adaptertools.tensors import materialize, parse_dtype
 class WriteReport:
     """What was written, and what it lost: `losses` has an entry for every tensor that was scaled or cast.
 
-    `dropped` is what the caller gave up, `left_out` what a selection left behind.
+    `nbytes` are those of the tensors, `nbytes_on_disk` those of all files that were written. `dropped` is what the
+    caller gave up, `left_out` what a selection left behind.
     """
 
     path: Path
     format: str
     container: str
     nbytes: int
+    nbytes_on_disk: int
     modules: int
     losses: tuple[Loss, ...] = ()
     notes: tuple[str, ...] = ()
@@ -71,9 +78,9 @@ def read(
     Memory: headers only, for safetensors, npz and torch files
     Raises: AdapterToolsError
     """
-    source = Source(Path(path))
+    source = Source(as_path(path))
     name = format or formats.detect(source)
-    given = {"alpha": alpha, "slots": slots, "base": Checkpoint.open(Path(base)) if base is not None else None}
+    given = {"alpha": alpha, "slots": slots, "base": Checkpoint.open(as_path(base)) if base is not None else None}
     return _read(source, name, {key: value for key, value in given.items() if value is not None}, options)
 
 
@@ -130,26 +137,28 @@ def write(
     Memory: two tensors, beside the adapter itself
     Raises: UnsupportedFeatureError, NonFiniteError, DestinationExistsError, DestinationError
     """
-    dst = Path(path)
+    expect_adapter(adapter)
+    dst = as_path(path)
     module = formats.get(format)
     check_destination(dst, module, overwrite)
+    check_beside(dst, module, adapter.origin)
     encoder = Encoder(_dtype(dtype), allow_nonfinite=allow_nonfinite)
     kept, given_up = without(adapter, drop), [kind for kind in drop if adapter.holders(parse_feature(kind))]
     container = container or default_container(module, dst)
     artifact = _encode(kept, format, encoder, container=container, options=options)
-    history = [entry.to_json() for entry in kept.history]
-    if operation is not None or encoder.losses or given_up:
-        history.append(_describe(operation or HistoryEntry(operation="write"), format, given_up, encoder.losses))
+    history = _history(kept, operation, format, given_up, encoder.losses)
+    behind = left_behind(dst, module, adapter.origin) if adapter.origin and adapter.origin.format == format else []
     unheld = [f"nothing to drop: the adapter holds no {kind}" for kind in drop if kind not in given_up]
-    nbytes = store(artifact, module, container, dst, history, on_progress)
+    nbytes_on_disk = store(artifact, module, container, dst, history, on_progress)
     return WriteReport(
         path=dst,
         format=format,
         container=container,
-        nbytes=nbytes,
+        nbytes=sum(tensor.nbytes for tensor in artifact.tensors.values()),
+        nbytes_on_disk=nbytes_on_disk,
         modules=len(kept.modules),
         losses=tuple(encoder.losses),
-        notes=merge_notes(adapter.notes, artifact.notes, unheld),
+        notes=merge_notes(adapter.notes, artifact.notes, behind, unheld),
         dropped=tuple(
             f"{feature}: {name}" for feature in map(parse_feature, drop) for name in adapter.holders(feature)
         ),
@@ -163,25 +172,25 @@ def stored_size(
     container: str | None = None,
     dtype: str | torch.dtype | None = None,
     drop: Collection[str] = (),
+    path: str | Path | None = None,
     **options: Any,
 ) -> int:
-    """At most how many bytes the files take that `write` makes of the adapter; the options are those of `write`.
+    """How many bytes all files take that `write` makes of the adapter; the options are those of `write`.
+
+    `path` is where it is to stand. It matters where a file with a sidecar is replaced, which keeps a record of it.
 
     Memory: none; the values of what would be folded are read
     Raises: UnsupportedFeatureError if the format cannot carry the adapter
     """
+    expect_adapter(adapter)
     kept, module = without(adapter, drop), formats.get(format)
-    container = container or next(iter(module.CONTAINERS), None)
-    artifact = _encode(kept, format, Encoder(_dtype(dtype), allow_nonfinite=True), container=container, options=options)
-    history = [entry.to_json() for entry in kept.history]
-    copies = 1 if module.FOLDER else 2
-    return (
-        sum(tensor.nbytes for tensor in artifact.tensors.values())
-        + room_for_tensors(container or "", artifact.tensors)
-        + sum(room_for_document(format_json(document), copies) for document in artifact.documents.values())
-        + sum(room_for_document(json.dumps(text)) for text in artifact.metadata.values())
-        + room_for_document(json.dumps(history), 2)
-    )
+    given_up = [kind for kind in drop if adapter.holders(parse_feature(kind))]
+    dst = None if path is None else as_path(path)
+    container = container or default_container(module, dst or Path())
+    encoder = Encoder(_dtype(dtype), allow_nonfinite=True)
+    artifact = _encode(kept, format, encoder, container=container, options=options)
+    history = _history(kept, None, format, given_up, encoder.losses)
+    return foreseen_size(artifact, module, container, dst, history)
 
 
 def convert(
@@ -222,12 +231,26 @@ def without(adapter: Adapter, drop: Collection[str]) -> Adapter:
     return adapter
 
 
+def give_up(adapter: Adapter, drop: Collection[str]) -> tuple[Adapter, tuple[str, ...]]:
+    """The adapter without the named features that it holds, as its history then says; and what held them, by name.
+
+    For an operation that has to see the adapter as it will be written.
+
+    Raises: OptionError for an unknown name
+    """
+    held = {kind: names for kind in drop if (names := adapter.holders(parse_feature(kind)))}
+    kept = without(adapter, drop)
+    if held:
+        kept = kept.then(HistoryEntry(operation="drop", details={"dropped": sorted(held)}))
+    return kept, tuple(f"{kind}: {name}" for kind, names in held.items() for name in names)
+
+
 def detect(path: str | Path) -> str:
     """The name of the format of the adapter at `path`, told by its content.
 
     Raises: SourceNotFoundError, UnknownFormatError, AmbiguousFormatError
     """
-    return formats.detect(Source(Path(path)))
+    return formats.detect(Source(as_path(path)))
 
 
 def oddities(path: str | Path, *, format: str, **options: Any) -> tuple[str, ...]:
@@ -240,7 +263,7 @@ def oddities(path: str | Path, *, format: str, **options: Any) -> tuple[str, ...
     if look is None:
         return ()
     known = option_types(look, ())
-    found: tuple[str, ...] = look(Source(Path(path)), **{key: options[key] for key in options if key in known})
+    found: tuple[str, ...] = look(Source(as_path(path)), **{key: options[key] for key in options if key in known})
     return found
 
 
@@ -288,6 +311,16 @@ def _encode(
             raise OptionError(f"writing {name} takes no {key!r}; it takes {', '.join(accepted) or 'no option'}")
     formats.check_features(adapter, name)
     return module.write(adapter, encoder, container=container or module.CONTAINERS[0], **options)
+
+
+def _history(
+    adapter: Adapter, operation: HistoryEntry | None, format: str, drop: Collection[str], losses: list[Loss]
+) -> list[dict[str, Any]]:
+    """The history as it is stored: that of the adapter, and what writing does to it."""
+    history = [entry.to_json() for entry in adapter.history]
+    if operation is not None or losses or drop:
+        history.append(_describe(operation or HistoryEntry(operation="write"), format, drop, losses))
+    return history
 
 
 def _describe(operation: HistoryEntry, format: str, drop: Collection[str], losses: list[Loss]) -> dict[str, Any]:

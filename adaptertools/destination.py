@@ -1,17 +1,19 @@
 """Where a result goes: whether it may stand there, and how its files get there whole."""
 
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from adaptertools import containers, formats
+from adaptertools.adapter import Origin
 from adaptertools.containers import sidecar
 from adaptertools.containers.artifact import Artifact
 from adaptertools.containers.atomic import publish_files, publish_folder, staged, write_text
 from adaptertools.containers.history import header_strings
 from adaptertools.containers.jsonfile import format_json
 from adaptertools.containers.source import Source
-from adaptertools.errors import AdapterToolsError, AmbiguousFormatError, DestinationExistsError
+from adaptertools.errors import AdapterToolsError, AmbiguousFormatError, DestinationError, DestinationExistsError
 from adaptertools.formats import Format
 
 Progress = Callable[[int, int], None]
@@ -42,6 +44,32 @@ def check_destination(dst: Path, module: Format, overwrite: bool) -> None:
         raise DestinationExistsError(f"{dst} is no adapter, so it is not replaced: {error}") from error
 
 
+def check_beside(dst: Path, module: Format, origin: Origin | None) -> None:
+    """Make sure that a folder `dst` does not lie inside the folder of the adapter that it is made from.
+
+    Raises: DestinationError
+    """
+    if not module.FOLDER or origin is None:
+        return
+    source = Path(origin.label)
+    if source.resolve() in dst.resolve().parents and any(any(source.glob(pattern)) for pattern in _folder_patterns()):
+        raise DestinationError(
+            f"{dst} lies inside {source}, the adapter that it is made from, which would then hold two: give a place "
+            "outside it"
+        )
+
+
+def left_behind(dst: Path, module: Format, origin: Origin) -> list[str]:
+    """A word on what stands beside an adapter in its folder and does not go along: a model card, a tokenizer …"""
+    source = Path(origin.label)
+    if not module.FOLDER or not source.is_dir() or (dst.exists() and dst.samefile(source)):
+        return []
+    files = sorted(entry.name for entry in source.iterdir() if entry.is_file() and not entry.name.startswith("."))
+    others = [name for name in files if not any(fnmatch(name, pattern) for pattern in module.FILES)]
+    shown = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
+    return [f"not carried along from {source}: {shown}"] if others else []
+
+
 def default_container(module: Format, dst: Path) -> str:
     """The container that the name of a one-file destination asks for, else the format's first."""
     named = (name for name in module.CONTAINERS if not module.FOLDER and dst.suffix == containers.get(name).SUFFIX)
@@ -62,7 +90,7 @@ def store(
     history: list[dict[str, Any]],
     on_progress: Progress | None,
 ) -> int:
-    """Write the files of an artifact beside `dst` and move them there. Returns the bytes of tensors written."""
+    """Write the files of an artifact beside `dst` and move them there. Returns the bytes of these files."""
     total = sum(tensor.nbytes for tensor in artifact.tensors.values())
     done = 0
 
@@ -72,20 +100,58 @@ def store(
         if on_progress is not None:
             on_progress(done, total)
 
-    metadata, documents = dict(artifact.metadata), {name: dict(doc) for name, doc in artifact.documents.items()}
-    if history and container == "safetensors":
-        metadata |= header_strings(history, metadata)
-    elif history:
-        documents.setdefault(artifact.sidecar, {})["history"] = history
+    metadata, documents = _with_history(artifact, container, history)
     with staged(dst) as staging:
         weights = staging / (artifact.stem + containers.get(container).SUFFIX if module.FOLDER else dst.name)
         containers.get(container).write(weights, artifact.tensors, metadata, advance)
         if module.FOLDER:
             for name, document in documents.items():
                 write_text(staging / name, format_json(document))
+            stored = files_size(staging)
             publish_folder(staging, dst, _folder_patterns())
         else:
             for suffix, document in documents.items():
                 write_text(staging / (dst.name + suffix), format_json(sidecar.bind(document, weights, dst)))
+            stored = files_size(staging)
             publish_files(staging, dst, [*(dst.name + suffix for suffix in documents), dst.name])
-    return total
+    return stored
+
+
+def foreseen_size(
+    artifact: Artifact, module: Format, container: str, dst: Path | None, history: list[dict[str, Any]]
+) -> int:
+    """The bytes of the files that `store` would write, to the byte; at no place in particular if `dst` is None."""
+    metadata, documents = _with_history(artifact, container, history)
+    if not module.FOLDER:
+        documents = {suffix: sidecar.foreseen(document, dst) for suffix, document in documents.items()}
+    described = sum(len(format_json(document).encode()) for document in documents.values())
+    return described + containers.get(container).size(artifact.tensors, metadata)
+
+
+def _with_history(
+    artifact: Artifact, container: str, history: list[dict[str, Any]]
+) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
+    """The metadata and the documents of an artifact, one of which carries the history."""
+    metadata, documents = dict(artifact.metadata), {name: dict(doc) for name, doc in artifact.documents.items()}
+    if history and container == "safetensors":
+        metadata |= header_strings(history, metadata)
+    elif history:
+        documents.setdefault(artifact.sidecar, {})["history"] = history
+    return metadata, documents
+
+
+def files_size(folder: Path) -> int:
+    """The bytes of all files in a folder and below."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def source_size(origin: Origin) -> int | None:
+    """The bytes of the files that an adapter was read from; None where they cannot be told from others."""
+    path, module = Path(origin.label), formats.get(origin.format)
+    if path.is_file() and not module.FOLDER:
+        beside = path.with_name(path.name + sidecar.SUFFIX)
+        return path.stat().st_size + (beside.stat().st_size if beside.is_file() else 0)
+    if not path.is_dir() or not module.FOLDER:
+        return None
+    found = {entry for pattern in module.FILES for entry in path.glob(pattern)}
+    return sum(files_size(entry) if entry.is_dir() else entry.stat().st_size for entry in found) or None

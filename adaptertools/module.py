@@ -78,6 +78,7 @@ class Feature(StrEnum):
     BIAS = "bias"
     TOKEN_ROWS = "token-rows"
     CHANGED_BASE = "changed-base"
+    LAYER_REPLICATION = "layer-replication"
     ALORA = "alora"
 
 

@@ -274,6 +274,7 @@ class quiet(warnings.catch_warnings):  # noqa: N801
     def __enter__(self) -> None:
         super().__enter__()
         for text in (
+            "`is_gradient_checkpointing` is deprecated",
             "fan_in_fan_out is set to",
             "Model has `tie_word_embeddings=True`",
             "Model with `tie_word_embeddings=True`",

@@ -121,10 +121,11 @@ def adapters(draw: st.DrawFn, carries: Collection[Feature] = ()) -> Adapter:
     if Feature.TOKEN_ROWS in features and Feature.EMBEDDING not in features:
         rows["model.embed_tokens.weight"] = RowWeights(indices=(3, 1), rows=tensor((2, 5), dtype, 10))
     change = "pissa" if Feature.CHANGED_BASE in features else None
+    layers = ((0, 2), (1, 2)) if Feature.LAYER_REPLICATION in features else ()
     return Adapter(
         modules=tuple(modules),
         full_weights=full,
         row_weights=rows,
-        bases={"": Base(id=draw(st.sampled_from((None, "org/model"))), change=change)},
+        bases={"": Base(id=draw(st.sampled_from((None, "org/model"))), change=change, layer_replication=layers)},
         invocation_tokens=(1, 2) if Feature.ALORA in features else None,
     )

@@ -416,7 +416,7 @@ def everything() -> Adapter:
             "embed.weight": FullWeight(weight=torch.ones(1), role=WeightRole.BASE),
         },
         row_weights={"tokens.weight": RowWeights(indices=(0,), rows=torch.ones(1, 2))},
-        bases={"": Base(id="org/model", change="olora")},
+        bases={"": Base(id="org/model", change="olora", layer_replication=((0, 2), (1, 2)))},
         invocation_tokens=(1, 2),
     )
 
@@ -448,7 +448,11 @@ HOLDERS = {
     Feature.FULL_WEIGHTS: ["head.weight", "embed.weight"],
     Feature.BIAS: ["a.bias"],
     Feature.TOKEN_ROWS: ["tokens.weight"],
-    Feature.CHANGED_BASE: ["org/model (olora)"],
+    Feature.CHANGED_BASE: ["olora initialisation"],
+    Feature.LAYER_REPLICATION: [
+        "org/model built of layers [[0, 2], [1, 2]]; on the published layers, factors meet others than they were "
+        "trained on, or none"
+    ],
     Feature.ALORA: ["invocation tokens"],
 }
 

@@ -84,7 +84,7 @@ def test_a_killed_writer_leaves_the_old_result_or_the_new_one(kind: str, swap: b
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as writers:
         assert writers.stdin is not None
         assert writers.stdout is not None
-        for _ in range(30):
+        for _ in range(20):
             print(last + 1, file=writers.stdin, flush=True)
             told = [int(writers.stdout.readline())]
             time.sleep(randomness.uniform(0, 0.05))

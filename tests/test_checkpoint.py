@@ -142,3 +142,60 @@ def test_a_missing_shard_and_one_that_disagrees_with_its_index_are_named(tmp_pat
     save_file({"z": torch.zeros(1)}, tmp_path / "two.safetensors")
     with pytest.raises(DamagedFileError, match=r"two\.safetensors.*disagree about y, z"):
         Checkpoint.open(tmp_path)
+
+
+@pytest.mark.parametrize("shard", ["5GB", "2KB"])
+def test_every_weight_has_its_place_and_its_value(shard: str, model: LlamaForCausalLM, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path, max_shard_size=shard)
+    checkpoint = Checkpoint.open(tmp_path)
+    assert [file.name for file in checkpoint.files] == list(checkpoint.tensors_of)
+    assert sorted(name for names in checkpoint.tensors_of.values() for name in names) == sorted(checkpoint.shapes)
+    for file in checkpoint.files:
+        header = checkpoint.header(file)
+        end = len(header)
+        assert int.from_bytes(header[:8], "little") == end - 8
+        for name in checkpoint.tensors_of[file.name]:
+            place = checkpoint.places[name]
+            assert place is not None
+            assert (place.path, place.offset) == (file, end), "the tensors follow one another in the file's order"
+            end += place.nbytes
+            data = file.read_bytes()[place.offset : place.offset + place.nbytes]
+            assert data == model.state_dict()[name].numpy().tobytes()
+            assert torch.equal(checkpoint.tensor(name), model.state_dict()[name])
+        assert end == file.stat().st_size
+
+
+def test_torch_shards_are_mapped_and_have_places(tmp_path: Path) -> None:
+    write_torch_shards(tmp_path)
+    checkpoint = Checkpoint.open(tmp_path)
+    assert checkpoint.container == "torch"
+    for name, weight in WEIGHTS.items():
+        place = checkpoint.places[name]
+        assert place is not None
+        data = bytearray(place.path.read_bytes()[place.offset : place.offset + place.nbytes])
+        assert torch.equal(torch.frombuffer(data, dtype=weight.dtype).reshape(weight.shape), weight)
+    assert checkpoint.index == tmp_path / "pytorch_model.bin.index.json"
+    assert checkpoint.folder == tmp_path
+    for name, weight in WEIGHTS.items():
+        assert torch.equal(checkpoint.tensor(name), weight)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_torch_tensor_has_a_place_only_where_it_is_sure_to_lie_in_one_piece(legacy: bool, tmp_path: Path) -> None:
+    rows = torch.arange(12.0).reshape(3, 4)
+    path = tmp_path / "pytorch_model.bin"
+    tensors = {"whole": rows, "part": rows[1:], "turned": rows.T, "again": torch.ones(3), "empty": torch.ones(0)}
+    torch.save(tensors, path, _use_new_zipfile_serialization=not legacy)
+    checkpoint = Checkpoint.open(tmp_path)
+    for name, place in checkpoint.places.items():
+        assert (place is None) == (legacy or name in ("turned", "empty"))
+        if place is not None:
+            assert path.read_bytes()[place.offset : place.offset + place.nbytes] == tensors[name].numpy().tobytes()
+
+
+def test_shards_of_two_kinds_are_refused(tmp_path: Path) -> None:
+    torch.save({"x": torch.zeros(1)}, tmp_path / "one.bin")
+    save_file({"y": torch.zeros(1)}, tmp_path / "two.safetensors")
+    write_index(tmp_path / "model.safetensors.index.json", {"x": "one.bin", "y": "two.safetensors"})
+    with pytest.raises(DamagedFileError, match="some of its shards"):
+        Checkpoint.open(tmp_path)

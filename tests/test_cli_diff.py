@@ -55,7 +55,7 @@ def test_what_differs_is_listed_and_the_exit_code_is_four(run: Run, peft_folder:
     found = adaptertools.diff(adaptertools.read(peft_folder), adaptertools.read(other_folder))
     assert lines(ran) == [
         f"Not the same within 1e-06: A = {peft_folder}, B = {other_folder}",
-        f"distance {found.relative_distance:.1e} of the norm of A, {found.norm:.6g}; that of B is "
+        f"distance {found.relative_distance:.4g} of the norm of A, {found.norm:.6g}; that of B is "
         f"{found.other_norm:.6g}",
         f"cosine {found.cosine:.6g}",
         "modules 3 in both, 2 of them equal bit for bit",
@@ -108,11 +108,11 @@ def test_modules_gives_a_line_for_each(run: Run, peft_folder: Path, other_folder
     norms = [f"{row.norm:.6g} {row.other_norm:.6g}" for row in rows]
     ran = run("diff", peft_folder, other_folder, "--modules")
     assert lines(ran)[-6:] == [
-        "module distance cosine norm in A norm in B",
-        f"model.layers.0.self_attn.q_proj 1.0e+00 1 {norms[0]}",
+        "MODULE DISTANCE COSINE NORM IN A NORM IN B",
+        f"model.layers.0.self_attn.q_proj 1 1 {norms[0]}",
         f"model.layers.0.self_attn.v_proj 0 1 {norms[1]} equal bit for bit",
         f"model.layers.1.self_attn.q_proj 0 1 {norms[2]} equal bit for bit",
-        f"model.layers.1.self_attn.v_proj 1.0e+00 - {norms[3]} only in A",
+        f"model.layers.1.self_attn.v_proj 1 - {norms[3]} only in A",
         f"model.layers.1.self_attn.o_proj infinite - {norms[4]} only in B",
     ]
     document = run("diff", peft_folder, other_folder, "--modules", "--json").json["per_module"]
@@ -219,8 +219,8 @@ def test_all_that_is_no_factor_has_a_line(run: Run, plain: Adapter, tmp_path: Pa
         "distance 0",
         "cosine 1",
         "modules 1 in both, 1 of them equal bit for bit",
-        f"magnitude {name}.magnitude: relative distance 5.0e-01, largest difference 5.0e-01",
-        "full weight head.weight: relative distance 2.5e-01, largest difference 2.5e-01",
+        f"magnitude {name}.magnitude: relative distance 0.5, largest difference 0.5",
+        "full weight head.weight: relative distance 0.25, largest difference 0.25",
         "token rows model.embed_tokens.weight: rows 1, 2 in A, 1, 3 in B",
         "differs base: changed by pissa in A, unchanged in B",
     ]
@@ -238,4 +238,4 @@ def test_from_zero_the_distance_is_infinite_in_words(
     document = run("diff", tmp_path / "idle", peft_folder, "--json").json
     assert (document["relative_distance"], document["cosine"], document["same"]) == (None, None, False)
     back = run("diff", peft_folder, tmp_path / "idle")
-    assert lines(back)[1].startswith("distance 1.0e+00 of the norm of A")
+    assert lines(back)[1].startswith("distance 1 of the norm of A")

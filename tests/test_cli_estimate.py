@@ -77,6 +77,21 @@ def test_options_that_make_no_sense_are_wrong_usage(
     assert ran.out == ""
 
 
+@pytest.mark.parametrize("name", ["meta-llama/Llama-3.1-8B", "org/model"])
+def test_a_name_on_the_hub_is_no_path_and_the_error_says_so(
+    name: str, tmp_path: Path, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ran = run("estimate", name, "--rank", "8")
+    assert ran.code == 1
+    assert f"{name}: there is no such base model here. A local path is needed; if it is a name on the Hub" in ran.err
+    (tmp_path / name).parent.mkdir()
+    for path in (name, "../model", "./model", "model", "a/b/c", tmp_path / "org" / "none"):
+        ran = run("estimate", path, "--rank", "8")
+        assert ran.code == 1
+        assert "there is no such base model\n" in ran.err
+
+
 def test_a_base_that_is_none_fails_in_one_line(tmp_path: Path, peft_folder: Path, run: Callable[..., Any]) -> None:
     for path, said in ((tmp_path / "missing", "no such base model"), (peft_folder, "belongs to an adapter")):
         ran = run("estimate", path, "--rank", "8")

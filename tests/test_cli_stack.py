@@ -1,6 +1,7 @@
 """`adaptertools stack`: what it writes, says and refuses."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -47,22 +48,65 @@ def test_the_sum_is_written_and_said_to_be_exact(pair: list[Path], tmp_path: Pat
 
 def test_what_was_rounded_is_said_with_its_error(pair: list[Path], tmp_path: Path, run: Run) -> None:
     ran = run("stack", *pair, tmp_path / "out", "--weights", "0.7,0.3", "--json")
-    error = ran.json["stack"]["max_relative_error"]
+    error = ran.json["stack"]["max_element_error"]
     assert ran.json["exact"] is ran.json["stack"]["exact"] is False
     assert 0 < error < 1e-7
-    assert ran.json["max_relative_error"] == error
+    off = ran.json["stack"]["max_delta_error"]
+    assert 0 < off < 1e-7
+    assert ran.json["stack"]["modules"][0]["delta_error"] == off
+    assert "max_relative_error" not in ran.json  # of the tensors of a file, it would be taken for that of the sum
     assert_is_weighted_sum(adaptertools.read(tmp_path / "out"), read(*pair), [0.7, 0.3], error)
     assert [row["target"] for row in ran.json["stack"]["modules"]] == ["model.q_proj", "model.v_proj", "model.k_proj"]
     assert ran.json["stack"]["modules"][0]["ranks"] == [3, 4]
     shown = run("stack", *pair, tmp_path / "again", "--weights", "0.7,0.3")
-    assert f"  delta weight largest relative error {error:.1e}\n" in shown.out
+    line = f"  delta weight off by {off:.1e} of a module's norm at most; elements rounded to within {error:.1e}\n"
+    assert line in shown.out
+
+
+def test_terms_that_cancel_are_said_with_the_error_of_what_is_left(pair: list[Path], tmp_path: Path, run: Run) -> None:
+    one = adaptertools.read(pair[0])
+    near = one.map_modules(lambda m: replace(m, lora_A=m.lora_A * 1.01, lora_B=m.lora_B * 1.3, alpha=m.alpha / 1.3))
+    other = adaptertools.write(near, tmp_path / "near", format="peft").path
+    ran = run("stack", pair[0], other, tmp_path / "out", "--weights", "0.9,-0.891", "--dtype", "bf16")
+    assert ran.code == 0, ran.err
+    found = adaptertools.stack(read(pair[0], other), [0.9, -0.891], dtype="bf16")
+    assert found.max_delta_error > 1
+    assert f"  delta weight off by {found.max_delta_error:.4g} of a module's norm at most; elements" in ran.out
+    assert "  note         the sources nearly cancel one another in 2 modules" in ran.out
+    gone = run("stack", pair[0], pair[0], tmp_path / "gone", "--weights", "1,-1")
+    assert "  note         the sources cancel one another in all modules: the delta weight is zero there\n" in gone.out
+
+
+def test_an_estimate_is_called_one(tmp_path: Path, run: Run) -> None:
+    large = [adapter(module("x.q_proj", rank=80, seed=seed, n_in=170, n_out=180)) for seed in (0, 1)]
+    paths = [adaptertools.write(one, tmp_path / f"large{i}", format="peft").path for i, one in enumerate(large)]
+    ran = run("stack", *paths, tmp_path / "out", "--weights", "0.7,0.3")
+    assert "  delta weight off by about " in ran.out
+    assert adaptertools.read(tmp_path / "out").history[-1].details["estimated"] is True
+
+
+def test_half_precision_that_became_float32_has_a_line(tmp_path: Path, run: Run) -> None:
+    halves = [adapter(module("a", seed=s, dtype=torch.bfloat16), module("b", dtype=torch.bfloat16)) for s in (0, 1)]
+    paths = [adaptertools.write(one, tmp_path / f"half{i}", format="peft").path for i, one in enumerate(halves)]
+    ran = run("stack", *paths, tmp_path / "out", "--weights", "0.7,0.4")
+    assert ran.code == 0, ran.err
+    assert "  promoted     1 tensor to f32\n" in ran.out
+    assert run("stack", *paths, tmp_path / "two", "--weights", "0.7,0.4", "--json").json["stack"]["promoted"] == {
+        "a.lora_B": "f32"  # b is the same in both, so that alpha takes the weights
+    }
+    for options in (["--rank", "2"], ["--dtype", "bf16"]):
+        ran = run("stack", *paths, tmp_path / "again", "--weights", "0.7,0.4", "--overwrite", *options)
+        assert "promoted" not in ran.out
+        assert {t.dtype for t in adaptertools.read(tmp_path / "again").named_tensors.values()} == {torch.bfloat16}
 
 
 def test_writing_in_another_dtype_rounds_once(pair: list[Path], tmp_path: Path, run: Run) -> None:
     ran = run("stack", *pair, tmp_path / "out", "--weights", "0.7,0.3", "--dtype", "bf16", "--json")
     assert ran.json["losses"] == []
     assert {m.lora_B.dtype for m in adaptertools.read(tmp_path / "out").modules} == {torch.bfloat16}
-    assert_is_weighted_sum(adaptertools.read(tmp_path / "out"), read(*pair), [0.7, 0.3], ran.json["max_relative_error"])
+    assert_is_weighted_sum(
+        adaptertools.read(tmp_path / "out"), read(*pair), [0.7, 0.3], ran.json["stack"]["max_element_error"]
+    )
 
 
 @pytest.mark.parametrize("weights", [["--weights=-1,0.5"], ["--weights", "-1,0.5"], ["--weights", " -1 , 0.5"]])
@@ -97,7 +141,7 @@ def test_other_methods_are_said_with_their_settings(method: str, pair: list[Path
     ran = run("stack", *pair, tmp_path / "out", "--method", method, "--density", "0.4", *seed)
     assert ran.code == 0, ran.err
     assert f"(peft): {method}, density 0.4{', seed 3' if seed else ''}\n" in ran.out
-    assert "new factors rounded to within" in ran.out
+    assert re.search(r"^  delta weight off by \d\.\de-08 of a module's norm at most$", ran.out, flags=re.MULTILINE)
     entry = adaptertools.read(tmp_path / "out").history[0]
     assert entry.details["density"] == 0.4
     assert entry.details.get("seed") == (3 if seed else None)
@@ -300,3 +344,14 @@ def test_slots_and_base_go_to_the_sources_whose_format_takes_them(
     ran = run("stack", pair[0], bare[1], tmp_path / "slots", "--slots", "q_proj=TF", "--source-alpha", "4")
     assert ran.code == 1, ran.out  # q_proj of the loralib file became one of two slots: 16 rows beside the other's 8
     assert "source 2" in ran.err
+
+
+def test_what_is_dropped_is_dropped_before_stacking(run: Run, plain: Adapter, tmp_path: Path) -> None:
+    dora = plain.map_modules(lambda module: replace(module, magnitude=torch.ones(module.out_features)))
+    one = adaptertools.write(dora, tmp_path / "dora", format="peft").path
+    two = adaptertools.write(plain, tmp_path / "plain", format="peft").path
+    assert "dora" in run("stack", one, two, tmp_path / "refused").err
+    done = run("stack", one, two, tmp_path / "both", "--drop", "dora", "--json")
+    assert done.code == 0, done.err
+    assert done.json["dropped"] == [f"dora: {module.target}" for module in plain.modules]
+    assert adaptertools.diff(adaptertools.stack([plain, plain]).adapter, adaptertools.read(tmp_path / "both")).same

@@ -1,6 +1,7 @@
 """`adaptertools truncate`."""
 
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -8,9 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from test_container_sizes import on_disk
 
 import adaptertools
 from adaptertools.adapter import Adapter, Base
+from adaptertools.cli import _report
+from adaptertools.cli._report import relative
 from adaptertools.module import ScaleRule
 
 
@@ -35,8 +39,17 @@ def test_the_figures_in_the_report_are_those_of_the_files(
     for row, new, old in zip(done["modules"], deltas(tmp_path / "new"), deltas(peft_folder), strict=True):
         assert row["relative_error"] == pytest.approx(float((new - old).norm() / old.norm()), rel=1e-6)
         assert (row["rank_before"], row["rank_after"]) == (4, 2)
-    assert ran.json["source"] == {"path": str(peft_folder), "format": "peft", "nbytes": 4 * 4 * 20 * 4}
+    assert ran.json["source"] == {
+        "path": str(peft_folder),
+        "format": "peft",
+        "nbytes": 4 * 4 * 20 * 4,
+        "nbytes_on_disk": on_disk(peft_folder),
+    }
     assert ran.json["destination"]["nbytes"] == 4 * 2 * 20 * 4
+    assert ran.json["destination"]["nbytes_on_disk"] == on_disk(tmp_path / "new")
+    assert (ran.json["exact"], ran.json["relative_error"]) == (False, done["relative_error"])
+    assert ran.json["writing"] == {"exact": True, "max_relative_error": 0.0}
+    assert "max_relative_error" not in ran.json, "of what elements lost in truncation nothing is known"
     assert {(m.rank, m.alpha, m.scaling) for m in adaptertools.read(tmp_path / "new").modules} == {(2, 8.0, 4.0)}
 
 
@@ -51,8 +64,9 @@ def test_the_report_has_a_line_for_every_module_and_totals(
     assert "  alpha        16 -> 8\n" in ran.out
     assert "  scaling      4\n" in ran.out
     assert f"  error        {found:.4g} of the norm of the delta weight, exact\n" in ran.out
-    assert "  size         1.3 kB -> 640 B\n" in ran.out
-    assert "as computed" in ran.out
+    before, after = (_report.size(on_disk(path)) for path in (peft_folder, tmp_path / "new"))
+    assert f"  size         {before} -> {after} on disk\n" in ran.out
+    assert "  stored       640 B of tensors in safetensors, as computed\n" in ran.out
     rows = [line.split() for line in ran.out.splitlines() if line.startswith("model.layers")]
     assert [row[0] for row in rows] == [str(m.target) for m in adaptertools.read(peft_folder).modules]
     assert all(row[1:4] == ["4", "->", "2"] for row in rows)
@@ -64,6 +78,9 @@ def test_a_rank_that_all_have_already_changes_no_bit(
     ran = run("truncate", peft_folder, tmp_path / "new", "--rank", "16", "--json")
     assert ran.json["truncate"]["relative_error"] == 0
     assert ran.json["truncate"]["rounding_error"] == 0
+    assert ran.json["exact"] is True
+    said = run("truncate", peft_folder, tmp_path / "again", "--rank", "16").out
+    assert "  stored       1.3 kB of tensors in safetensors, bit for bit\n" in said
     for new, old in zip(
         adaptertools.read(tmp_path / "new").modules, adaptertools.read(peft_folder).modules, strict=True
     ):
@@ -105,7 +122,7 @@ def test_a_dtype_is_reached_in_one_rounding(
     found = float((deltas(tmp_path / "new") - stored).norm() / deltas(peft_folder).norm())
     assert ran.json["truncate"]["rounding_error"] == pytest.approx(found, rel=1e-6)
     shown = run("truncate", peft_folder, tmp_path / "shown", "--rank", "2", "--dtype", dtype).out
-    assert f"  rounding     {found:.1e}, beside that error\n" in shown
+    assert f"  rounding     {relative(found)}, beside that error\n" in shown
 
 
 def test_a_dry_run_shows_ranks_side_by_side_and_writes_nothing(
@@ -125,7 +142,11 @@ def test_a_dry_run_shows_ranks_side_by_side_and_writes_nothing(
         assert choice["relative_error"] == done.relative_error
         assert choice["energy"] == done.energy
         assert choice["ranks"] == [rank] * 4
-    assert choices[0]["nbytes"] < choices[1]["nbytes"] < choices[2]["nbytes"]
+    for choice in choices:
+        option = choice["choice"].split()
+        ran = run("truncate", peft_folder, tmp_path / "new", f"--{option[0]}", option[1], "--overwrite")
+        assert on_disk(tmp_path / "new") <= choice["nbytes_on_disk"] <= on_disk(tmp_path / "new") + 40
+    shutil.rmtree(tmp_path / "new")
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -174,7 +195,8 @@ def test_a_changed_base_is_refused(plain: Adapter, tmp_path: Path, run: Callable
     adaptertools.write(changed, tmp_path / "pissa", format="peft")
     ran = run("truncate", tmp_path / "pissa", tmp_path / "new", "--rank", "2")
     assert ran.code == 1
-    assert "tiny/llama (pissa)" in ran.err
+    assert "trained with pissa initialisation" in ran.err
+    assert "tiny/llama" not in ran.err
     assert not (tmp_path / "new").exists()
 
 
@@ -184,8 +206,83 @@ def test_values_that_are_not_finite_are_refused(plain: Adapter, tmp_path: Path, 
     for more in ((), ("--allow-nonfinite",)):
         ran = run("truncate", tmp_path / "bad", tmp_path / "new", "--rank", "2", *more)
         assert ran.code == 1
-        assert "q_proj.lora_A" in ran.err
+        assert "q_proj.lora_A holds NaN or infinity, so that it has no nearest delta weight of rank 2" in ran.err
+        assert "--allow-nonfinite" not in ran.err
         assert not (tmp_path / "new").exists()
+
+
+def test_values_that_are_not_finite_are_carried_along_where_the_rank_may_stay(
+    plain: Adapter, tmp_path: Path, run: Callable[..., Any]
+) -> None:
+    first = replace(plain.modules[0], lora_A=torch.full((2, 12), math.nan), lora_B=torch.ones(8, 2), alpha=8.0)
+    bad = replace(plain, modules=(first, *plain.modules[1:]))
+    adaptertools.write(bad, tmp_path / "bad", format="peft", allow_nonfinite=True)
+    ran = run("truncate", tmp_path / "bad", tmp_path / "new", "--rank", "2")
+    assert ran.code == 1
+    assert "--allow-nonfinite" in ran.err
+    ran = run("truncate", tmp_path / "bad", tmp_path / "new", "--rank", "2", "--allow-nonfinite", "--json")
+    assert ran.code == 0, ran.err
+    assert any("kept bit for bit" in note for note in ran.json["notes"])
+    kept, *others = adaptertools.read(tmp_path / "new").modules
+    assert kept.lora_A.isnan().all()
+    assert torch.equal(kept.lora_B, first.lora_B)
+    assert {module.rank for module in others} == {2}
+    assert all(torch.isfinite(module.lora_A).all() for module in others)
+    ran = run("truncate", tmp_path / "bad", "--dry-run", "--allow-nonfinite")
+    assert [line.split()[:2] for line in ran.out.splitlines()[3:]] == [["rank", "2"], ["rank", "4"]]
+
+
+def test_what_is_dropped_is_dropped_before(plain: Adapter, tmp_path: Path, run: Callable[..., Any]) -> None:
+    dora = plain.map_modules(lambda m: replace(m, magnitude=torch.ones(8)))
+    adaptertools.write(dora, tmp_path / "dora", format="peft")
+    ran = run("truncate", tmp_path / "dora", tmp_path / "new", "--rank", "2", "--drop", "dora", "--drop", "bias")
+    assert ran.code == 0, ran.err
+    assert "  dropped      dora of 4: " in ran.out
+    assert "magnitude" not in ran.out
+    assert "nothing to drop: the adapter holds no bias" in ran.out
+    after = adaptertools.read(tmp_path / "new")
+    assert not after.features
+    assert [entry.operation for entry in after.history] == ["drop", "truncate"]
+    assert after.history[0].details == {"dropped": ["dora"]}
+    kept = run("truncate", tmp_path / "dora", tmp_path / "kept", "--rank", "2").out
+    assert "magnitude kept" in kept
+    assert "  dropped  " not in kept
+
+
+def test_a_changed_base_may_be_given_up(plain: Adapter, tmp_path: Path, run: Callable[..., Any]) -> None:
+    changed = replace(plain, bases={"": Base(id="tiny/llama", change="pissa")})
+    adaptertools.write(changed, tmp_path / "pissa", format="peft")
+    ran = run("truncate", tmp_path / "pissa", tmp_path / "new", "--rank", "2", "--drop", "changed-base")
+    assert ran.code == 0, ran.err
+    assert not adaptertools.read(tmp_path / "new").features
+
+
+def test_a_rank_and_a_size_together_point_to_the_cap(peft_folder: Path, run: Callable[..., Any]) -> None:
+    ran = run("truncate", peft_folder, "new", "--rank", "4", "--size", "30kB")
+    assert ran.code == 2
+    assert "--max-rank" in ran.err
+
+
+def test_rounding_beyond_the_error_asked_for_is_said(
+    peft_folder: Path, tmp_path: Path, run: Callable[..., Any]
+) -> None:
+    options = ("--error", "0.001", "--dtype", "bf16")
+    ran = run("truncate", peft_folder, tmp_path / "new", *options, "--json")
+    found = distance(tmp_path / "new", peft_folder)
+    assert found > 0.001
+    (note,) = ran.json["notes"]
+    assert "with the rounding to bf16 at most" in note
+    assert found <= ran.json["relative_error"] + ran.json["rounding_error"]
+    assert ran.json["exact"] is False
+    assert "above the 0.001 that was asked for" in run("truncate", peft_folder, tmp_path / "text", *options).out
+
+
+def test_where_the_files_of_the_source_are_not_known_tensors_are_compared(
+    peft_folder: Path, tmp_path: Path, run: Callable[..., Any]
+) -> None:
+    ran = run("truncate", peft_folder / "adapter_model.safetensors", tmp_path / "new", "--rank", "2")
+    assert ran.code == 0, ran.err
+    assert f"  size         1.3 kB -> 640 B of tensors; {_report.size(on_disk(tmp_path / 'new'))} on disk\n" in ran.out
 
 
 def test_dst_is_replaced_only_when_asked_for(peft_folder: Path, run: Callable[..., Any]) -> None:
@@ -217,14 +314,14 @@ def test_the_history_and_the_notes_are_written_and_shown(
     ran = run("truncate", peft_folder, tmp_path / "new", "--error", "0.01", "--max-rank", "2", "--json")
     error = ran.json["truncate"]["relative_error"]
     assert ran.json["notes"] == [
-        f"max_rank 2 keeps the relative error at {error:.4g}, above the 0.01 that was asked for"
+        f"at most rank 2 keeps the relative error at {error:.4g}, above the 0.01 that was asked for"
     ]
     entry = adaptertools.read(tmp_path / "new").history[-1]
     assert (entry.operation, entry.source) == ("truncate", peft_folder.name)
-    assert entry.details["choice"] == "error 0.01, max_rank 2"
+    assert entry.details["choice"] == "error 0.01, at most rank 2"
     assert entry.details["relative_error"] == error
     shown = run("inspect", tmp_path / "new").out
-    assert "truncate: choice error 0.01, max_rank 2" in shown
+    assert "truncate: choice error 0.01, at most rank 2" in shown
 
 
 @pytest.mark.parametrize("format", ["peft", "loralib", "flax", "flax-qwix"])

@@ -466,6 +466,14 @@ def test_the_name_of_the_base_is_noted_and_does_not_count() -> None:
     revised = replace(one, bases={"": Base(id="org/a", revision="2")})
     before = replace(one, bases={"": Base(id="org/a", revision="1")})
     assert adaptertools.diff(before, revised).notes == ("base model: revision 1 in A, 2 in B",)
+    slashed = adapter(module(), bases={"": Base(id="org/a/", revision="1")})
+    assert adaptertools.diff(before, slashed).notes == ()
+
+
+@pytest.mark.parametrize(("a", "b"), [("a", "b"), (adapter(module()), None)])
+def test_what_is_no_adapter_is_refused_with_advice(a: Any, b: Any) -> None:
+    with pytest.raises(OptionError, match=r"expected an Adapter, found .*adaptertools\.read"):
+        adaptertools.diff(a, b)
 
 
 @settings(max_examples=40, deadline=None)

@@ -12,7 +12,7 @@ import torch
 import transformers as hf
 from peft import LoraConfig, get_peft_model
 from peft_cases import quiet
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import adaptertools
@@ -251,6 +251,35 @@ def test_the_bytes_are_those_of_the_tensors_that_peft_saves(tmp_path: Path) -> N
     assert nbytes["f16"] == nbytes["bf16"] == nbytes["f32"] // 2
 
 
+@pytest.mark.parametrize("name", ["llama, tied", "gemma2", "gpt2", "t5", "opt", "bart"])
+def test_a_head_that_is_tied_and_not_in_the_file_counts_as_peft_adapts_it(name: str, tmp_path: Path) -> None:
+    made = MODELS[name]()
+    base = Checkpoint.open(saved(made, tmp_path / "base"))
+    assert not any("lm_head.weight" in stored for stored in base.shapes)
+    found = adaptertools.estimate(base, ranks=4, targets=["lm_head"])
+    (row,) = found.rows
+    assert (row.name, row.kind, row.modules) == ("lm_head", "head", 1)
+    assert found.notes[0] == "lm_head is tied to the embedding and not in the file; it counts as PEFT adapts it"
+    assert found.model_parameters == made.num_parameters()
+    attention = "q" if name == "t5" else "c_attn" if name == "gpt2" else "q_proj"
+    both = adaptertools.estimate(base, ranks=4, targets=["lm_head", attention, "lm_head"])
+    assert [note for note in both.notes if "is tied" in note] == [found.notes[0]]
+    assert found.parameters(4) == lora_parameters(made, target_modules=["lm_head"])
+    assert both.parameters(4) == lora_parameters(MODELS[name](), target_modules=["lm_head", attention])
+    with quiet():
+        adapted(MODELS[name](), target_modules=["lm_head"]).save_pretrained(tmp_path / "adapter")
+    stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert any("beside the factors" in note for note in found.notes) == any("base_layer" in key for key in stored)
+
+
+@pytest.mark.parametrize("name", ["gpt2, without head", "bert, without head", "clip", "llama"])
+def test_a_model_without_a_tied_head_has_none(name: str, tmp_path: Path) -> None:
+    base = Checkpoint.open(saved(MODELS[name](), tmp_path))
+    shapes = {key: shape for key, shape in base.shapes.items() if not key.startswith("lm_head")}
+    with pytest.raises(OptionError, match="'lm_head' matches no weight"):
+        adaptertools.estimate(checkpoint(shapes, config=dict(base.config)), ranks=4, targets=["lm_head"])
+
+
 HIDDEN, KEYS, MLP, VOCABULARY, LAYERS = 4096, 1024, 14336, 128256, 32
 LLAMA_8B = {
     "model.embed_tokens.weight": (VOCABULARY, HIDDEN),
@@ -376,9 +405,9 @@ def test_buffers_of_older_files_are_no_parameters() -> None:
 LAYER = {"model.layers.0.mlp.up_proj.weight": (24, 16), "model.layers.0.mlp.down_proj.weight": (16, 24)}
 
 
-@pytest.mark.parametrize("rank", [0, -1, 1.5, True, "8", None])
+@pytest.mark.parametrize("rank", [0, -1, 4.5, True, "8", None])
 def test_a_rank_that_is_none_is_an_error(rank: Any) -> None:
-    for ranks in (rank, [8, rank]) if isinstance(rank, int) else ([rank],):
+    for ranks in (rank, [rank], [8, rank]):
         with pytest.raises(OptionError, match=r"^rank is .*, expected a whole number from 1 on"):
             adaptertools.estimate(checkpoint(LAYER), ranks=ranks)
 

@@ -3,6 +3,7 @@
 import itertools
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -72,6 +73,7 @@ def assert_same_meaning(before: Adapter, after: Adapter, report: WriteReport) ->
             assert torch.allclose(module.lora_bias.double() * module.scaling, expected, rtol=2 * allowed + 1e-15)
     assert sum(m.magnitude is not None for m in after.modules) == len(magnitudes)
     assert after.bases.get("", before.bases[""]).change == before.bases[""].change
+    assert after.bases.get("", before.bases[""]).layer_replication == before.bases[""].layer_replication
     assert after.invocation_tokens == before.invocation_tokens
 
 
@@ -193,13 +195,76 @@ def test_a_folder_of_adapters_is_no_adapter_to_overwrite(tmp_path: Path) -> None
     assert [entry.name for entry in (tmp_path / "many").iterdir()] == ["one"]
 
 
-@pytest.mark.parametrize("name", ["", ".", ".."])
+@pytest.mark.parametrize("name", [".", ".."])
 def test_the_current_folder_is_never_swapped(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     adapter = sample(Feature.LORA_BIAS).without(Feature.LORA_BIAS)
     adaptertools.write(adapter, tmp_path / "here" / "below", format="peft")
     monkeypatch.chdir(tmp_path / "here" / "below")
     with pytest.raises(DestinationExistsError, match="the current folder"):
         adaptertools.write(adapter, name, format="peft", overwrite=True)
+
+
+@pytest.mark.parametrize("command", ["rescale", "truncate", "convert", "stack"])
+def test_a_folder_inside_the_one_that_it_is_made_from_is_refused(command: str, peft_folder: Path, run: Any) -> None:
+    options = {"rescale": ("--alpha", "8"), "truncate": ("--rank", "2"), "convert": ("--to", "flax-qwix"), "stack": ()}
+    sources = [peft_folder] * (2 if command == "stack" else 1)
+    ran = run(command, *sources, peft_folder / "below" / "sub", *options[command])
+    assert ran.code == 1
+    assert f"sub lies inside {peft_folder}, the adapter that it is made from" in ran.err
+    assert not (peft_folder / "below").exists()
+    beside = run(command, *sources, peft_folder.with_name("beside"), *options[command])
+    assert beside.code == 0
+
+
+def test_a_folder_beside_others_of_the_same_parent_is_no_folder_inside(plain: Adapter, tmp_path: Path) -> None:
+    adaptertools.write(plain, tmp_path / "many" / "one", format="peft")
+    only = adaptertools.read(tmp_path / "many")
+    assert adaptertools.write(only, tmp_path / "many" / "two", format="peft").modules == len(plain.modules)
+
+
+def test_what_stands_beside_an_adapter_and_is_not_carried_along_is_named(
+    peft_folder: Path, tmp_path: Path, run: Any
+) -> None:
+    assert run("rescale", peft_folder, tmp_path / "bare", "--alpha", "8", "--json").json["notes"] == []
+    for name in ("README.md", "a.txt", "tokenizer.json", "vocab.json", ".gitattributes"):
+        (peft_folder / name).write_text("{}")
+    (peft_folder / "checkpoint-5").mkdir()
+    for command, *options in (("rescale", "--alpha", "8"), ("truncate", "--rank", "2"), ("convert", "--to", "peft")):
+        ran = run(command, peft_folder, tmp_path / command, *options, "--json")
+        assert ran.json["notes"] == [
+            f"not carried along from {peft_folder}: README.md, a.txt, tokenizer.json and 1 more"
+        ]
+    other = run("convert", peft_folder, tmp_path / "x.pt", "--to", "loralib", "--json").json["notes"]
+    assert not any("carried" in note for note in other)
+    ran = run("rescale", peft_folder, peft_folder, "--alpha", "8", "--overwrite", "--json")
+    assert ran.json["notes"] == []
+    assert (peft_folder / "README.md").read_text() == "{}"
+
+
+def test_an_empty_path_is_wrong_usage(peft_folder: Path, tmp_path: Path, run: Any, monkeypatch: Any) -> None:
+    monkeypatch.chdir(peft_folder)
+    dst = tmp_path / "new"
+    for arguments in (
+        ("inspect", ""),
+        ("convert", "", dst, "--to", "peft"),
+        ("convert", ".", "", "--to", "peft"),
+        ("convert", ".", dst, "--to", "peft", "--base", ""),
+        ("rescale", "", dst, "--alpha", "8"),
+        ("rescale", ".", "", "--alpha", "8"),
+        ("truncate", "", dst, "--rank", "2"),
+        ("truncate", ".", "", "--rank", "2"),
+        ("stack", ".", "", dst),
+        ("stack", ".", ".", ""),
+        ("diff", ".", ""),
+        ("estimate", "", "--rank", "8"),
+    ):
+        ran = run(*arguments)
+        assert (ran.code, "empty" in ran.err) == (2, True), arguments
+        assert not dst.exists()
+    with pytest.raises(OptionError, match="an empty path"):
+        adaptertools.read("")
+    with pytest.raises(OptionError, match="an empty path"):
+        adaptertools.write(sample(Feature.LORA_BIAS), "", format="peft")
 
 
 def test_the_name_of_a_file_chooses_its_container(tmp_path: Path) -> None:

@@ -2,7 +2,10 @@
 
 import copy
 import json
+import re
 import warnings
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +24,9 @@ from adaptertools.adapter import Adapter
 from adaptertools.containers.source import Source
 from adaptertools.dialects.peft import config as peft_config
 from adaptertools.encoding import Encoder
+from adaptertools.errors import ConfigError, UnsupportedFeatureError
 from adaptertools.module import Feature, Kind, LoraModule, RowSlice, ScaleRule, Target
+from adaptertools.operations.summary import summarize
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
@@ -325,13 +330,143 @@ def test_an_adapter_on_changed_weights_says_so_and_loads_again(init: str, tmp_pa
     assert json.loads((tmp_path / "dropped" / "adapter_config.json").read_text())["init_lora_weights"] is True
 
 
-def test_replicated_layers_are_a_changed_base(tmp_path: Path) -> None:
-    model, folder = saved("llama", tmp_path, layer_replication=[[0, 2], [1, 2]])
-    adapter = read(folder)
-    assert adapter.bases[""].change == "layer_replication"
-    assert any(".layers.2." in module.target.parameter for module in adapter.modules)
+REPLICATION: dict[str, Any] = {"layer_replication": [[0, 2], [1, 2], [0, 2]], "modules_to_save": None, "bias": "none"}
+
+
+def published(parameter: str) -> str:
+    """The parameter of the two published layers that one of the five replicated layers shares."""
+    return re.sub(r"layers\.(\d)", lambda found: f"layers.{(0, 1, 1, 0, 1)[int(found[1])]}", parameter)
+
+
+def test_replicated_layers_are_no_changed_weights(tmp_path: Path) -> None:
+    model, folder = saved("llama", tmp_path, **REPLICATION)
+    adapter = read(folder, make_base("llama"))
+    assert adapter.bases[""].change is None
+    assert adapter.bases[""].layer_replication == ((0, 2), (1, 2), (0, 2))
+    assert Feature.LAYER_REPLICATION in adapter.features
+    assert "built of layers [[0, 2], [1, 2], [0, 2]]" in summarize(adapter).bases[""]
+    assert not any("the base model" in note for note in adapter.notes)
+    layers = {module.target.parameter.split(".layers.")[1][0] for module in adapter.modules}
+    assert layers == set("01234")
+    weights = make_base("llama").state_dict()
+    assert all(
+        module.weight_shape == weights[f"{published(str(module.target))}.weight"].shape for module in adapter.modules
+    )
     adaptertools.write(adapter, tmp_path / "by_us", format="peft")
     assert (run("llama", load_strictly("llama", tmp_path / "by_us")) - run("llama", model)).abs().max() <= 1e-5
+
+
+def replaced(model: PeftModel, adapter: Adapter, delta: Callable[[LoraModule], Tensor]) -> PeftModel:
+    """PEFT's own model whose factors of each module are replaced by others with this delta weight."""
+    for module in adapter.modules:
+        layer = model.get_submodule(f"base_model.model.{module.target.parameter}")
+        wanted = delta(module).double() / layer.scaling["default"]
+        left, values, right = torch.linalg.svd(wanted, full_matrices=False)
+        rank = layer.lora_A["default"].weight.shape[0]
+        assert float(values[rank:].sum()) <= 1e-6
+        with torch.no_grad():
+            layer.lora_A["default"].weight.copy_(right[:rank])
+            layer.lora_B["default"].weight.copy_(left[:, :rank] * values[:rank])
+    return model
+
+
+def test_an_adapter_of_replicated_layers_is_truncated_and_rescaled_and_peft_loads_all_of_it(tmp_path: Path) -> None:
+    model, folder = saved("llama", tmp_path, **REPLICATION)
+    adapter = adaptertools.read(folder)
+
+    def nearest(module: LoraModule) -> Tensor:
+        left, values, right = torch.linalg.svd(module.delta_weight().double())
+        return values[0] * left[:, :1] @ right[:1]
+
+    cut = adaptertools.truncate(adapter, rank=1).adapter
+    adaptertools.write(cut, tmp_path / "cut", format="peft")
+    rescaled = adaptertools.rescale(cut, 8)
+    adaptertools.write(rescaled, tmp_path / "rescaled", format="peft")
+    before = run("llama", model)
+    wanted = run("llama", replaced(model, adapter, nearest))
+    assert (wanted - before).abs().max() > 1e-3
+    for name in ("cut", "rescaled"):
+        config = json.loads((tmp_path / name / "adapter_config.json").read_text())
+        assert config["layer_replication"] == REPLICATION["layer_replication"]
+        assert (run("llama", load_strictly("llama", tmp_path / name)) - wanted).abs().max() <= 1e-5
+
+
+def test_adapters_of_the_same_replicated_layers_are_stacked_and_no_others(tmp_path: Path) -> None:
+    _, folder = saved("llama", tmp_path, **REPLICATION)
+    adapter = adaptertools.read(folder)
+    other = adapter.map_modules(lambda module: replace(module, lora_A=module.lora_A.flip(0)))
+    adaptertools.write(adaptertools.stack([adapter, other], [0.5, 1.0]).adapter, tmp_path / "stacked", format="peft")
+    deltas = {
+        str(one.target): 0.5 * one.delta_weight() + two.delta_weight()
+        for one, two in zip(adapter.modules, other.modules, strict=True)
+    }
+    loaded = load_strictly("llama", tmp_path / "stacked")
+    for name, delta in deltas.items():
+        got = loaded.get_submodule(f"base_model.model.{name}").get_delta_weight("default")
+        assert (got - delta).abs().max() <= 1e-5, name
+    for layers in ((), ((0, 2), (0, 2), (1, 2))):
+        another = replace(other, bases={"": replace(other.bases[""], layer_replication=layers)})
+        for force in (False, True):
+            with pytest.raises(
+                UnsupportedFeatureError, match=r"layers \[\[0, 2\], \[1, 2\], \[0, 2\]\].*layer_replication"
+            ):
+                adaptertools.stack([adapter, another], force=force)
+        assert any(
+            "layers [[0, 2], [1, 2], [0, 2]] in A" in said for said in adaptertools.diff(adapter, another).others
+        )
+
+
+def test_other_formats_refuse_replicated_layers_and_say_what_giving_them_up_costs(tmp_path: Path) -> None:
+    _, folder = saved("llama", tmp_path, **REPLICATION)
+    adapter = adaptertools.read(folder)
+    with pytest.raises(UnsupportedFeatureError, match=r"layer-replication \(.* built of layers \[\[0, 2\].*or none\)"):
+        adaptertools.write(adapter, tmp_path / "flax", format="flax")
+    report = adaptertools.write(adapter, tmp_path / "flax", format="flax", drop=["layer-replication"])
+    (dropped,) = report.dropped
+    assert "on the published layers, factors meet others than they were trained on, or none" in dropped
+
+
+@pytest.mark.parametrize("ranges", [[[0]], [[0, 1, 2]], [[2, 0]], [["0", 2]], "all", {"0": 2}, [[-1, 2]], [[0, True]]])
+def test_a_layer_replication_that_is_none_is_an_error(ranges: Any, tmp_path: Path) -> None:
+    _, folder = saved("llama", tmp_path)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "layer_replication": ranges}))
+    with pytest.raises(ConfigError, match="layer_replication is"):
+        read(folder)
+
+
+def test_patterns_for_parameters_are_applied_whatever_peft_warns(tmp_path: Path) -> None:
+    _, folder = saved("moe", tmp_path)
+    adapter = adaptertools.read(folder)
+    ranks = iter(range(1, 99))
+    uneven = adapter.map_modules(
+        lambda module: (
+            replace(
+                module,
+                lora_A=torch.cat([module.lora_A] * rank, dim=-2),
+                lora_B=torch.cat([module.lora_B] * rank, dim=-1),
+            )
+            if module.kind is Kind.PARAMETER and (rank := next(ranks))
+            else module
+        )
+    )
+    report = adaptertools.write(uneven, tmp_path / "by_us", format="peft")
+    assert any("PEFT 0.21 warns at loading that keys of rank_pattern were ignored" in note for note in report.notes)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        loaded = PeftModel.from_pretrained(make_base("moe"), tmp_path / "by_us").eval()
+    assert any("rank_pattern keys did not match" in str(warning.message) for warning in said)
+    assert load_strictly("moe", tmp_path / "by_us") is not None
+    again = read(tmp_path / "by_us")
+    before = make_base("moe").state_dict()
+    merged = loaded.merge_and_unload().state_dict()
+    for module in uneven.modules:
+        name = full_name(module.target.parameter, before)
+        assert (merged[name] - before[name] - module.delta_weight()).abs().max() <= 1e-5, name
+    assert {module.rank for module in again.modules} == {module.rank for module in uneven.modules}
+    assert not any(
+        "warns at loading" in note for note in adaptertools.write(adapter, tmp_path / "even", format="peft").notes
+    )
 
 
 def test_half_precision_factors_keep_their_bits(tmp_path: Path) -> None:

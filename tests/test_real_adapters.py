@@ -11,7 +11,7 @@ from proof import assert_diff_proves
 
 import adaptertools
 from adaptertools import api, formats
-from adaptertools.adapter import Adapter
+from adaptertools.adapter import Adapter, LoraModule
 from adaptertools.containers.source import Source
 from adaptertools.errors import MissingAlphaError, NotLoraError, UnsupportedFeatureError
 
@@ -131,9 +131,18 @@ def test_real_adapters_survive_every_format_that_can_hold_them(name: str, format
     assert again.keys() == {str(module.target) for module in adapter.modules}
     for module in adapter.modules:
         other = again[str(module.target)]
-        delta = module.lora_B.double() @ module.lora_A.double() * module.scaling
-        error = (other.lora_B.double() @ other.lora_A.double() * other.scaling - delta).norm() / delta.norm()
-        assert error <= report.max_relative_error + 1e-15
+        assert relative_distance(module, other) <= report.max_relative_error + 1e-15
+
+
+def relative_distance(module: LoraModule, other: LoraModule) -> float:
+    """The distance of two dense delta weights by the norm of the first, some rows at a time: they are large."""
+    distance = norm = 0.0
+    pairs = zip(module.lora_B.double().split(256, dim=-2), other.lora_B.double().split(256, dim=-2), strict=True)
+    for rows, other_rows in pairs:
+        delta = rows @ module.lora_A.double() * module.scaling
+        norm += float(delta.norm()) ** 2
+        distance += float((other_rows @ other.lora_A.double() * other.scaling - delta).norm()) ** 2
+    return (distance / norm) ** 0.5
 
 
 def test_the_real_loralib_checkpoint_and_its_conversion_to_peft_are_the_same(

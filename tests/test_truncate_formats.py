@@ -3,6 +3,7 @@
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from peft_cases import headers, make_adapter, make_base, quiet
 from strategies import adapters, tensor
+from test_container_sizes import on_disk
 from test_formats import COMBINATIONS, assert_same_meaning, delta_weights
 
 import adaptertools
@@ -29,7 +31,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:Fu
 
 @pytest.mark.parametrize(("name", "container"), COMBINATIONS)
 @given(data=st.data())
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_every_format_reads_back_the_truncated_delta_weights(
     name: str, container: str, data: st.DataObject, tmp_path: Path
 ) -> None:
@@ -126,14 +128,7 @@ def llama(layers: int, rank: int, dtype: torch.dtype, alpha: float, width: int =
     return Adapter(modules=tuple(modules), bases={"": Base(id="tiny/llama")})
 
 
-def on_disk(path: Path) -> int:
-    """Every byte of a folder or of a file with its sidecar."""
-    found = [path, *path.parent.glob(f"{path.name}*")] if path.is_file() else list(path.rglob("*"))
-    return sum(file.stat().st_size for file in set(found) if file.is_file())
-
-
-@pytest.mark.parametrize("alpha", [32.0, 5.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dtype", "alpha"), [(torch.float32, 32.0), (torch.bfloat16, 5.0)])
 @pytest.mark.parametrize(("name", "container"), COMBINATIONS)
 def test_a_size_holds_for_all_files_together(
     name: str, container: str, dtype: torch.dtype, alpha: float, tmp_path: Path, run: Callable[..., Any]
@@ -145,8 +140,10 @@ def test_a_size_holds_for_all_files_together(
         assert ran.code == 0, ran.err
         assert ran.json["destination"]["container"] == container
         assert on_disk(dst) <= most
+        assert on_disk(dst) == ran.json["destination"]["nbytes_on_disk"] > 0.92 * most
         ranks = {row["rank_after"] for row in ran.json["truncate"]["modules"]}
-        assert len(ranks) > 1, "the ranks are mixed"
+        narrow = (name, dtype) == ("loralib", torch.bfloat16)
+        assert len(ranks) > 1 or narrow, "the ranks are mixed, but where that would fold scalings in float32"
         assert ran.json["truncate"]["relative_error"] < 0.9
 
 
@@ -160,6 +157,41 @@ def test_where_factors_are_large_little_of_a_size_is_left_over(
         ran = run("truncate", tmp_path / "a", tmp_path / "b", "--size", size, "--overwrite", "--json")
         assert ran.code == 0, ran.err
         assert 0.97 * wanted <= on_disk(tmp_path / "b") <= wanted
+
+
+@pytest.mark.parametrize("share", [0.03, 0.2, 0.4, 0.6, 0.8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_size_is_filled_until_no_step_fits_any_more(dtype: torch.dtype, share: float, tmp_path: Path) -> None:
+    before = llama(2, 16, dtype, 16.0, width=16)
+    least, most = (truncate(before, rank=rank, measure=_as_peft).nbytes_on_disk for rank in (1, 16))
+    size = round(least + share * (most - least))
+    done = truncate(before, size=size, measure=_as_peft)
+    assert done.nbytes_on_disk == adaptertools.write(done.adapter, tmp_path / "a", format="peft").nbytes_on_disk
+    assert on_disk(tmp_path / "a") == done.nbytes_on_disk <= size
+    assert done.nbytes_on_disk > 0.97 * size
+    for place, (old, new) in enumerate(zip(before.modules, done.adapter.modules, strict=True)):
+        if new.rank == old.rank:
+            continue
+        larger = list(done.adapter.modules)
+        rank = new.rank + 1
+        larger[place] = replace(
+            old, lora_A=old.lora_A[:rank], lora_B=old.lora_B[:, :rank], alpha=old.alpha * rank / old.rank
+        )
+        taken = _as_peft(replace(done.adapter, modules=tuple(larger)), None)
+        assert taken > size - 32, f"{old.target} would fit with rank {rank}, but for digits in the history"
+
+
+def _as_peft(adapter: Adapter, dtype: torch.dtype | None) -> int:
+    return adaptertools.stored_size(adapter, format="peft", dtype=dtype)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 5])
+def test_where_one_rank_for_all_fits_to_the_byte_it_is_found(rank: int) -> None:
+    before = llama(4, 8, torch.float32, 16.0, width=8)
+    uniform = truncate(before, rank=rank, measure=_as_peft)
+    done = truncate(before, size=uniform.nbytes_on_disk + 32, measure=_as_peft)
+    assert done.energy >= uniform.energy
+    assert done.nbytes_on_disk <= uniform.nbytes_on_disk + 32
 
 
 def test_folding_in_float32_is_foreseen(tmp_path: Path) -> None:
@@ -218,11 +250,12 @@ def test_a_size_too_small_says_the_smallest_that_will_do(name: str, tmp_path: Pa
     ran = run("truncate", tmp_path / "a", tmp_path / "b", "--size", "2000")
     assert ran.code == 2
     assert not (tmp_path / "b").exists()
-    (smallest,) = re.findall(r"takes up to (\d+)", ran.err)
+    (smallest,) = re.findall(r"takes (\d+)", ran.err)
+    assert run("truncate", tmp_path / "a", tmp_path / "b", "--size", str(int(smallest) - 64)).code == 2
     ran = run("truncate", tmp_path / "a", tmp_path / "b", "--size", smallest, "--json")
     assert ran.code == 0, ran.err
     assert {row["rank_after"] for row in ran.json["truncate"]["modules"]} == {1}
-    assert on_disk(tmp_path / "b") <= int(smallest)
+    assert int(smallest) - 16 <= on_disk(tmp_path / "b") <= int(smallest)
 
 
 def test_a_dtype_counts_for_all_tensors(tmp_path: Path, run: Callable[..., Any]) -> None:
@@ -274,4 +307,3 @@ def test_what_is_counted_plainly_is_enough_for_a_peft_folder(adapter: Adapter, t
         return
     assume(not any(loss.factor != 1.0 for loss in report.losses))
     assert on_disk(tmp_path / "a") <= stored_bytes(adapter)
-    assert on_disk(tmp_path / "a") <= adaptertools.stored_size(adapter, format="peft")

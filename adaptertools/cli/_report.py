@@ -1,5 +1,6 @@
 """What commands say about an adapter that they wrote."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -46,6 +47,13 @@ def error(value: float) -> str:
     return f"{value:.1e}"
 
 
+def relative(value: float) -> str:
+    """A distance relative to a norm: `0.2655`, in the magnitude alone where it is small: `3.0e-08`."""
+    if value == 0:
+        return "0"
+    return "infinite" if math.isinf(value) else f"{value:.4g}" if value >= 1e-3 else error(value)
+
+
 def span(values: Iterable[float]) -> str:
     """The one value, or the smallest and the largest: `16`, `8 to 32`."""
     found = sorted(set(values))
@@ -69,7 +77,7 @@ def writing_lines(report: "WriteReport", unchanged: str = "bit for bit") -> list
     """What was written, what it lost, and what to know about it; `unchanged` is the word for nothing lost."""
     lines = [
         field("modules", f"{report.modules:,}"),
-        field("stored", f"{size(report.nbytes)} in {report.container}, {values_line(report, unchanged)}"),
+        field("stored", f"{size(report.nbytes)} of tensors in {report.container}, {values_line(report, unchanged)}"),
     ]
     if report.left_out:
         lines.append(field("left out", f"{len(report.left_out)}: {few(report.left_out)}"))
@@ -129,6 +137,7 @@ def writing_document(report: "WriteReport") -> dict[str, Any]:
             "format": report.format,
             "container": report.container,
             "nbytes": report.nbytes,
+            "nbytes_on_disk": report.nbytes_on_disk,
         },
         "modules": report.modules,
         "exact": report.exact,

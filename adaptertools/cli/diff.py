@@ -1,6 +1,5 @@
 """`adaptertools diff`: how far two adapters are from each other, whatever their formats and factors."""
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -68,14 +67,14 @@ def _text(a: str, b: str, found: "Difference", modules: bool) -> str:
 
 
 def _distance_line(found: "Difference") -> str:
-    from adaptertools.cli._report import error
+    from adaptertools.cli._report import relative
 
     if found.distance == 0:
         return "0"
     if not found.norm:
         return f"infinite: the delta weights of A are zero, those of B have the norm {_number(found.other_norm)}"
     norm, other_norm = _number(found.norm), _number(found.other_norm)
-    return f"{error(found.relative_distance)} of the norm of A, {norm}; that of B is {other_norm}"
+    return f"{relative(found.relative_distance)} of the norm of A, {norm}; that of B is {other_norm}"
 
 
 def _zeros(number: int) -> str:
@@ -83,26 +82,26 @@ def _zeros(number: int) -> str:
 
 
 def _weight_line(weight: "ValueDifference") -> str:
-    from adaptertools.cli._report import error
+    from adaptertools.cli._report import relative
 
     if weight.only_in:
         return f"{weight.name}: only in {weight.only_in}"
     if weight.note:
         return f"{weight.name}: {weight.note}"
-    far, most = _relative(weight.relative_distance), error(weight.max_abs or 0.0)
+    far, most = relative(weight.relative_distance), _number(weight.max_abs)
     return f"{weight.name}: relative distance {far}, largest difference {most}"
 
 
 def _table(rows: "tuple[ModuleDifference, ...]") -> str:
-    from adaptertools.cli._report import table
+    from adaptertools.cli._report import relative, table
 
     return table(
         [
-            ("module", "distance", "cosine", "norm in A", "norm in B", ""),
+            ("MODULE", "DISTANCE", "COSINE", "NORM IN A", "NORM IN B", ""),
             *(
                 (
                     row.target,
-                    _relative(row.relative_distance),
+                    relative(row.relative_distance),
                     _number(row.cosine),
                     _number(row.norm),
                     _number(row.other_norm),
@@ -112,12 +111,6 @@ def _table(rows: "tuple[ModuleDifference, ...]") -> str:
             ),
         ]
     )
-
-
-def _relative(distance: float) -> str:
-    from adaptertools.cli._report import error
-
-    return "0" if distance == 0 else "infinite" if math.isinf(distance) else error(distance)
 
 
 def _number(value: float | None) -> str:

@@ -1,6 +1,7 @@
 """`adaptertools stack`: several adapters become one."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,14 +77,17 @@ def command(
     result, and says how near it stays.
     """
     from adaptertools import api, formats
+    from adaptertools.adapter import merge_notes
     from adaptertools.cli._progress import progress
     from adaptertools.destination import check_destination
     from adaptertools.operations.stack import stack
 
     *srcs, dst = _places(paths)
     given = _weights(weights, len(srcs))
-    adapters = sources.read_all(srcs)
+    read = [api.give_up(adapter, writing.drop) for adapter in sources.read_all(srcs)]
+    adapters, dropped = [adapter for adapter, _ in read], merge_notes(*(names for _, names in read))
     how = writing.arguments_like(adapters[0]) if to is None else {**writing.arguments(to), "format": to}
+    how["drop"] = [kind for kind in writing.drop if not any(name.startswith(f"{kind}: ") for name in dropped)]
     check_destination(Path(dst), formats.get(how["format"]), how["overwrite"])
     with progress("stack", output, "module") as advance:
         stacked = stack(
@@ -96,17 +100,20 @@ def command(
             force=force,
             allow_nonfinite=sources.allow_nonfinite,
             dtype=how["dtype"],
-            measure=measure(how),
+            measure=measure(how, dst),
             on_progress=advance,
             **ranks.arguments(),
         )
     with progress("write", output) as advance:
         report = api.write(stacked.adapter, dst, allow_nonfinite=sources.allow_nonfinite, on_progress=advance, **how)
+        report = replace(report, dropped=dropped)
     output.show(lambda: _text(srcs, stacked, report), lambda: _document(srcs, stacked, report))
 
 
 def _places(paths: Sequence[str]) -> Sequence[str]:
-    """Raises: click.UsageError unless there are two sources and a destination"""
+    """Raises: click.UsageError unless there are two sources and a destination, and none is empty"""
+    if not all(paths):
+        raise click.UsageError("A path is empty, expected SRC SRC... DST; the current folder is .")
     if len(paths) < 3:
         raise click.UsageError("Expected two sources at least, and a destination: SRC SRC... DST.")
     return paths
@@ -128,9 +135,7 @@ def _weights(text: str | None, count: int) -> list[float] | None:
 
 
 def _text(srcs: Sequence[str], stacked: "Stacked", report: "WriteReport") -> str:
-    from dataclasses import replace
-
-    from adaptertools.cli._report import change, error, field, number, span, writing_lines
+    from adaptertools.cli._report import change, error, field, number, promoted_lines, relative, span, writing_lines
 
     said, cut = stacked.settings, stacked.truncation
     whole = replace(report, left_out=(*report.left_out, *stacked.left_out))
@@ -149,23 +154,22 @@ def _text(srcs: Sequence[str], stacked: "Stacked", report: "WriteReport") -> str
         after = span(module.nominal_rank for module in stacked.adapter.modules)
         lines += [
             field("truncated", f"rank {span(ranks)} -> {after} by {cut.choice}, energy kept {number(cut.energy)}"),
-            field("error", f"{cut.relative_error:.4g} of the norm of the delta weight, exact"),
+            field("error", f"{relative(cut.relative_error)} of the norm of the delta weight, exact"),
             field("rounding", f"{error(cut.rounding_error)}, beside that error"),
         ]
-    return "\n".join([*lines, *writing_lines(whole, "as computed")])
+    return "\n".join([*lines, *promoted_lines(stacked.promoted), *writing_lines(whole, "as computed")])
 
 
 def _exactness(stacked: "Stacked") -> str:
-    from adaptertools.cli._report import error
+    from adaptertools.cli._report import error, relative
 
     if stacked.exact:
         return "exact, checked bit by bit"
-    said = []
-    if stacked.max_relative_error:
-        said.append(f"largest relative error {error(stacked.max_relative_error)}")
-    if stacked.rounding_error:
-        said.append(f"new factors rounded to within {error(stacked.rounding_error)} of the norm of each")
-    return ", ".join(said)
+    said, elements = "exact", error(stacked.max_element_error)
+    if stacked.max_delta_error:
+        about = "about " if stacked.estimated else ""
+        said = f"off by {about}{relative(stacked.max_delta_error)} of a module's norm at most"
+    return f"{said}; elements rounded to within {elements}" if stacked.max_element_error else said
 
 
 def _document(srcs: Sequence[str], stacked: "Stacked", report: "WriteReport") -> dict[str, Any]:
@@ -173,10 +177,11 @@ def _document(srcs: Sequence[str], stacked: "Stacked", report: "WriteReport") ->
 
     done, cut = stacked.to_json(), stacked.truncation
     given = zip(srcs, stacked.settings["sources"], strict=True)
-    lost = cut is not None and (cut.relative_error > 0 or cut.rounding_error > 0)
+    lost = cut is not None and not cut.exact
+    written = writing_document(report)
+    del written["max_relative_error"]  # of single tensors in writing, as `losses` has it: not of the sum
     return {
         "stack": {**done, "sources": [{"path": src, "weight": source["weight"]} for src, source in given]},
-        **writing_document(report),
+        **written,
         "exact": stacked.exact and report.exact and not lost,
-        "max_relative_error": stacked.max_relative_error + report.max_relative_error,
     }

@@ -1,6 +1,7 @@
 """`adaptertools truncate`: lower ranks, with the nearest delta weight and its exact distance."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -44,26 +45,35 @@ def command(
 
     One of --rank, --energy, --error and --size says how far. What is kept is nearest to SRC in the Frobenius norm of
     the delta weight; how near is said for every module and for all together. --size counts all files of DST. With
-    --dtype the new factors are rounded to it once.
+    --dtype the new factors are rounded to it once. What --drop names is given up before. With --allow-nonfinite modules
+    that hold NaN are kept, where their rank may stay.
     """
     from adaptertools import api
+    from adaptertools.adapter import parse_feature
     from adaptertools.cli._progress import progress
+    from adaptertools.destination import source_size
+    from adaptertools.operations.summary import summarize
     from adaptertools.operations.truncate import truncate
 
     if dst is None and not dry_run:
         raise click.UsageError("Missing argument 'DST'; --dry-run alone needs none.")
-    adapter = api.read(src, **reading.arguments(src))
+    before = api.read(src, **reading.arguments(src))
+    adapter, dropped = api.give_up(before, writing.drop)
     how = writing.arguments_like(adapter)
-    computing = {"dtype": how["dtype"], "measure": measure(how)}
+    how["drop"] = [kind for kind in writing.drop if not before.holders(parse_feature(kind))]
+    how["allow_nonfinite"] = reading.allow_nonfinite
+    computing = {"measure": measure(how, dst), **{name: how[name] for name in ("dtype", "allow_nonfinite")}}
     with progress("truncate", output, "module") as advance:
         if dry_run or dst is None:
             outlooks = _outlooks(adapter, ranks, computing, advance)
             output.show(lambda: _outlook_text(src, outlooks), lambda: _outlook_document(src, outlooks))
             return
         done = truncate(adapter, **ranks.arguments(), **computing, on_progress=advance)
+    stored = source_size(before.origin) if before.origin else None  # now, since DST may be SRC
     with progress("write", output) as advance:
-        report = api.write(done.adapter, dst, allow_nonfinite=reading.allow_nonfinite, on_progress=advance, **how)
-    output.show(lambda: _text(src, adapter, done, report), lambda: _document(src, adapter, done, report))
+        report = replace(api.write(done.adapter, dst, on_progress=advance, **how), dropped=dropped)
+    source = {"path": src, "format": report.format, "nbytes": summarize(before).nbytes, "nbytes_on_disk": stored}
+    output.show(lambda: _text(source, adapter, done, report), lambda: _document(source, done, report))
 
 
 def _outlooks(
@@ -77,72 +87,79 @@ def _outlooks(
     return table if asked is None else (*table, asked.outlook)
 
 
-_HEADINGS = ("MODULE", "RANK", "ENERGY KEPT", "RELATIVE ERROR", "ROUNDING", "SIZE")
-_OUTLOOK_HEADINGS = ("CHOICE", "RANK", "ENERGY KEPT", "RELATIVE ERROR", "SIZE, AT MOST")
+_HEADINGS = ("MODULE", "RANK", "ENERGY KEPT", "RELATIVE ERROR", "ROUNDING", "FACTORS")
+_OUTLOOK_HEADINGS = ("CHOICE", "RANK", "ENERGY KEPT", "RELATIVE ERROR", "ON DISK, AT MOST")
 
 
-def _text(src: str, before: "Adapter", done: "Truncation", report: "WriteReport") -> str:
-    from adaptertools.cli._report import change, error, field, number, size, table, writing_lines
+def _text(source: Mapping[str, Any], before: "Adapter", done: "Truncation", report: "WriteReport") -> str:
+    from adaptertools.cli._report import change, field, number, relative, table, writing_lines
 
     old, new = before.modules, done.adapter.modules
+    lowered = any(row.rank_after < row.rank_before for row in done.rows)
     lines = [
-        f"Truncated {src} to {report.path} ({report.format}): {done.choice}",
+        f"Truncated {source['path']} to {report.path} ({report.format}): {done.choice}",
         change("rank", (m.nominal_rank for m in old), (m.nominal_rank for m in new)),
         change("alpha", (m.alpha for m in old), (m.alpha for m in new)),
         change("scaling", (m.scaling for m in old), (m.scaling for m in new)),
         field("energy kept", number(done.energy)),
-        field("error", f"{_share(done.relative_error)} of the norm of the delta weight, exact"),
-        field("rounding", f"{error(done.rounding_error)}, beside that error"),
-        field("size", f"{size(_tensor_bytes(before))} -> {size(report.nbytes)}"),
-        *writing_lines(report, "as computed"),
+        field("error", f"{relative(done.relative_error)} of the norm of the delta weight, exact"),
+        field("rounding", f"{relative(done.rounding_error)}, beside that error"),
+        field("size", _sizes(source, report)),
+        *writing_lines(report, "as computed" if lowered else "bit for bit"),
     ]
     return "\n".join([*lines, "", table([_HEADINGS, *map(_row, done.rows)])])
 
 
+def _sizes(source: Mapping[str, Any], report: "WriteReport") -> str:
+    """What became of the size: on disk, or of the tensors where the files of the source cannot be told from others."""
+    from adaptertools.cli._report import size
+
+    if source["nbytes_on_disk"] is not None:
+        return f"{size(source['nbytes_on_disk'])} -> {size(report.nbytes_on_disk)} on disk"
+    return f"{size(source['nbytes'])} -> {size(report.nbytes)} of tensors; {size(report.nbytes_on_disk)} on disk"
+
+
 def _row(module: "ModuleTruncation") -> tuple[str, ...]:
-    from adaptertools.cli._report import error, number, size
+    from adaptertools.cli._report import number, relative, size
 
     lowered = module.rank_after < module.rank_before
     return (
         module.target,
         f"{module.rank_before} -> {module.rank_after}" if lowered else str(module.rank_before),
         number(module.energy),
-        _share(module.relative_error),
-        error(module.rounding_error) if module.rounding_error else "0",
+        relative(module.relative_error),
+        relative(module.rounding_error),
         size(module.nbytes),
     )
 
 
-def _share(value: float) -> str:
-    return f"{value:.4g}"
-
-
-def _tensor_bytes(adapter: "Adapter") -> int:
-    from adaptertools.operations.summary import summarize
-
-    return summarize(adapter).nbytes
-
-
-def _document(src: str, before: "Adapter", done: "Truncation", report: "WriteReport") -> dict[str, Any]:
+def _document(source: Mapping[str, Any], done: "Truncation", report: "WriteReport") -> dict[str, Any]:
+    """The errors at the top are those of truncation and of rounding; what writing itself did stands under `writing`."""
     from adaptertools.cli._report import writing_document
 
+    written = writing_document(report)
+    own = {name: written.pop(name) for name in ("exact", "max_relative_error")}
     return {
-        "source": {"path": src, "format": report.format, "nbytes": _tensor_bytes(before)},
+        "source": dict(source),
         "truncate": done.to_json(),
-        **writing_document(report),
+        **written,
+        "writing": own,
+        "exact": done.exact and report.exact,
+        "relative_error": done.relative_error,
+        "rounding_error": done.rounding_error,
     }
 
 
 def _outlook_text(src: str, outlooks: "tuple[Outlook, ...]") -> str:
-    from adaptertools.cli._report import number, size, span, table
+    from adaptertools.cli._report import number, relative, size, span, table
 
     rows = [
         (
             outlook.choice,
             span(outlook.ranks),
             number(outlook.energy),
-            _share(outlook.relative_error),
-            size(outlook.nbytes),
+            relative(outlook.relative_error),
+            size(outlook.nbytes_on_disk),
         )
         for outlook in outlooks
     ]

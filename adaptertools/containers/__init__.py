@@ -1,7 +1,7 @@
 """Containers: bytes under names. What the names mean is a format's affair.
 
-A container module has NAME, SUFFIX, `sniff(path, head)`, `read(path) -> TensorFile` and
-`write(path, tensors, metadata, advance)`.
+A container module has NAME, SUFFIX, `sniff(path, head)`, `read(path) -> TensorFile`,
+`write(path, tensors, metadata, advance)` and `size(tensors, metadata)`, the bytes that `write` makes of them.
 """
 
 from collections.abc import Callable, Mapping
@@ -29,6 +29,8 @@ class Container(Protocol):
     def write(
         self, path: Path, tensors: NamedTensors, metadata: Mapping[str, str], advance: Callable[[int], None]
     ) -> None: ...
+
+    def size(self, tensors: NamedTensors, metadata: Mapping[str, str]) -> int: ...
 
 
 _MODULES: tuple[Container, ...] = (safetensors, npz, torchfile, orbax, msgpack)

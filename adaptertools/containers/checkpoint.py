@@ -1,4 +1,7 @@
-"""A base model by its headers: names, shapes and dtypes of its weights, and its configuration. No weight is read."""
+"""A base model by its headers: names, shapes, dtypes and places of its weights, and its configuration.
+
+Opening reads no weight. They are mapped from disk and read where they are touched.
+"""
 
 import difflib
 from collections.abc import Mapping
@@ -7,8 +10,10 @@ from pathlib import Path, PurePath
 from typing import Any, Self
 
 import torch
+from torch import Tensor
 
 from adaptertools import containers
+from adaptertools.containers import safetensors
 from adaptertools.containers.jsonfile import read_json
 from adaptertools.containers.tensorfile import TensorFile
 from adaptertools.errors import (
@@ -33,11 +38,20 @@ _WEIGHTS = (
 """The names under which model libraries store weights, the preferred first."""
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where the bytes of a tensor lie in a safetensors file."""
+
+    path: Path
+    offset: int
+    nbytes: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """The weights of a base model, known by shape and dtype alone.
+    """The weights of a base model, known by shape and dtype, and where they lie.
 
-    Memory: headers; torch files are mapped
+    Memory: headers; safetensors and torch's zip files are mapped, torch files of before 1.6 are read
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -46,6 +60,16 @@ class Checkpoint:
     label: str
     shared: frozenset[str] = frozenset()
     """Tensors whose bytes are those of one before: tied weights, as torch files keep them."""
+    container: str = safetensors.NAME
+    """`safetensors` or `torch`"""
+    files: tuple[Path, ...] = ()
+    index: Path | None = None
+    """The file that says which shard holds which tensor, where there are several."""
+    tensors_of: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """The tensors in each file, by the file's name, in the order in which their bytes stand there."""
+    places: Mapping[str, Place | None] = field(default_factory=dict)
+    """None for tensors of torch files that do not lie there in one piece, or whose place cannot be told."""
+    mapped: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
     def open(cls, path: Path) -> Self:
@@ -54,26 +78,59 @@ class Checkpoint:
         Raises: SourceNotFoundError, UnknownFormatError, DamagedFileError and the like
         """
         if not path.exists():
-            raise SourceNotFoundError(f"{path}: there is no such base model")
+            raise SourceNotFoundError(f"{path}: there is no such base model{_hub_hint(path)}")
         weights = _find_weights(path) if path.is_dir() else path
-        files = _read_shards(weights) if weights.name.endswith(_INDEX) else [_read_weights(weights)]
-        shapes: dict[str, tuple[int, ...]] = {}
-        dtypes: dict[str, torch.dtype] = {}
+        indexed = weights.name.endswith(_INDEX)
+        files = _read_shards(weights) if indexed else [_read_weights(weights)]
+        if len({file.container for file in files}) > 1:
+            raise DamagedFileError(f"{weights}: some of its shards are safetensors, others torch files")
+        mapped: dict[str, Tensor] = {}
+        places: dict[str, Place | None] = {}
         shared: set[str] = set()
         for file in files:
             shared |= _shared(file)
             for name, tensor in file.tensors.items():
-                if name in shapes:
+                if name in mapped:
                     raise DamagedFileError(f"{file.label}: {name} stands in another shard too; which one is meant?")
-                shapes[name], dtypes[name] = tuple(tensor.shape), tensor.dtype
+                mapped[name] = tensor
+                offset = file.offsets.get(name)
+                place = Place(Path(file.label), offset, tensor.nbytes) if offset is not None else None
+                places[name] = place
         config = weights.parent / _CONFIG
         return cls(
-            shapes=shapes,
-            dtypes=dtypes,
+            shapes={name: tuple(tensor.shape) for name, tensor in mapped.items()},
+            dtypes={name: tensor.dtype for name, tensor in mapped.items()},
             config=read_json(config) if config.is_file() else {},
             label=str(path),
             shared=frozenset(shared),
+            container=files[0].container,
+            files=tuple(Path(file.label) for file in files),
+            index=weights if indexed else None,
+            tensors_of={Path(file.label).name: _in_file_order(file) for file in files},
+            places=places,
+            mapped=mapped,
         )
+
+    @property
+    def folder(self) -> Path:
+        """Where the weights, the configuration and the tokenizer stand."""
+        return self.files[0].parent
+
+    def tensor(self, name: str) -> Tensor:
+        """A weight, mapped from disk: its bytes are read where they are touched. It must not be changed.
+
+        Raises: KeyError if the model has no such tensor
+        """
+        return self.mapped[name]
+
+    def header(self, path: Path) -> bytes:
+        """The header of one of its safetensors files as it stands there, with the 8 bytes of its length.
+
+        Raises: DamagedFileError, UnsafeFileError
+        """
+        _, start = safetensors.read_header(path)
+        with path.open("rb") as file:
+            return file.read(start)
 
     def shape_of(self, parameter: str) -> tuple[int, ...]:
         """The shape of a parameter, whose name may lack its final `.weight`.
@@ -88,6 +145,13 @@ class Checkpoint:
         raise ShapeError(
             f"{self.label}: the base model has no parameter {parameter}; {hint}. Is it the right base model?"
         )
+
+
+def _hub_hint(path: Path) -> str:
+    """What to do about a path that is none, but may be the name of a model on the Hugging Face Hub."""
+    if path.is_absolute() or len(path.parts) != 2 or path.parent.exists() or path.parts[0].startswith("."):
+        return ""
+    return f" here. A local path is needed; if it is a name on the Hub, `hf download {path}` prints one"
 
 
 def _find_weights(folder: Path) -> Path:
@@ -122,6 +186,10 @@ def _read_shards(index: Path) -> list[TensorFile]:
             raise DamagedFileError(f"{shard}: {index.name} and the shard disagree about {', '.join(odd[:3])}")
         shards.append(file)
     return shards
+
+
+def _in_file_order(file: TensorFile) -> tuple[str, ...]:
+    return tuple(sorted(file.tensors, key=lambda name: file.offsets.get(name, 0)))
 
 
 def _shared(file: TensorFile) -> set[str]:

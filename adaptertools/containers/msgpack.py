@@ -171,14 +171,8 @@ def write(
     Memory: two tensors
     Raises: DestinationError; UnsupportedFeatureError for dtypes and names that cannot be stored
     """
-    for name, tensor in tensors.items():
-        check_name(str(path), name)
-        if tensor.dtype not in _DTYPE_NAMES:
-            raise UnsupportedFeatureError(
-                f"{path}: msgpack cannot store {name} in {tensor.dtype}; choose another dtype"
-            )
-    pieces = list(_tree_layout(nested(str(path), tensors), ""))
-    with allocated(path, sum(len(piece.head) + piece.stop - piece.start for piece in pieces)) as file:
+    pieces = _lay_out(str(path), tensors)
+    with allocated(path, _length(pieces)) as file:
         names = dict.fromkeys(piece.name for piece in pieces if piece.name)
         coming = computed(tensors[name] for name in names)
         current, data = "", memoryview(b"")
@@ -188,6 +182,28 @@ def write(
                 current, data = piece.name, tensor_bytes(next(coming))
             file.write(data[piece.start : piece.stop])
             advance(piece.stop - piece.start)
+
+
+def size(tensors: NamedTensors, metadata: Mapping[str, str]) -> int:
+    """The bytes of the file that `write` makes.
+
+    Raises: UnsupportedFeatureError for dtypes and names that cannot be stored
+    """
+    return _length(_lay_out(NAME, tensors))
+
+
+def _lay_out(label: str, tensors: NamedTensors) -> list[_Piece]:
+    for name, tensor in tensors.items():
+        check_name(label, name)
+        if tensor.dtype not in _DTYPE_NAMES:
+            raise UnsupportedFeatureError(
+                f"{label}: msgpack cannot store {name} in {tensor.dtype}; choose another dtype"
+            )
+    return list(_tree_layout(nested(label, tensors), ""))
+
+
+def _length(pieces: Sequence[_Piece]) -> int:
+    return sum(len(piece.head) + piece.stop - piece.start for piece in pieces)
 
 
 def _tree_layout(tree: Mapping[str, Any], prefix: str) -> Iterator[_Piece]:

@@ -151,8 +151,8 @@ def write(
     Memory: two tensors
     Raises: DestinationError; UnsupportedFeatureError for a dtype that numpy does not have
     """
-    headers = {check_name(str(path), name): _format_header(path, name, tensor) for name, tensor in tensors.items()}
-    sizes = {name + _MEMBER_SUFFIX: len(headers[name]) + tensor.nbytes for name, tensor in tensors.items()}
+    headers = _headers(str(path), tensors)
+    sizes = _sizes(headers, tensors)
     with ziparchive.create(path, sizes) as archive:
         for name, tensor in zip(tensors, computed(tensors.values()), strict=True):
             with archive.member(name + _MEMBER_SUFFIX, sizes[name + _MEMBER_SUFFIX]) as append:
@@ -161,10 +161,27 @@ def write(
             advance(tensor.nbytes)
 
 
-def _format_header(path: Path, name: str, tensor: Tensor | Deferred) -> bytes:
+def size(tensors: NamedTensors, metadata: Mapping[str, str]) -> int:
+    """The bytes of the file that `write` makes.
+
+    Raises: UnsupportedFeatureError for a dtype that numpy does not have
+    """
+    return ziparchive.size(_sizes(_headers(NAME, tensors), tensors))
+
+
+def _headers(label: str, tensors: NamedTensors) -> dict[str, bytes]:
+    return {check_name(label, name): _format_header(label, name, tensor) for name, tensor in tensors.items()}
+
+
+def _sizes(headers: Mapping[str, bytes], tensors: NamedTensors) -> dict[str, int]:
+    """The bytes of every member."""
+    return {name + _MEMBER_SUFFIX: len(headers[name]) + tensor.nbytes for name, tensor in tensors.items()}
+
+
+def _format_header(label: str, name: str, tensor: Tensor | Deferred) -> bytes:
     if tensor.dtype not in _NUMPY_DTYPES:
         raise UnsupportedFeatureError(
-            f"{path}: npz cannot store {name} in {tensor.dtype}; choose another container or dtype"
+            f"{label}: npz cannot store {name} in {tensor.dtype}; choose another container or dtype"
         )
     description = npy.dtype_to_descr(_NUMPY_DTYPES[tensor.dtype])
     stream = BytesIO()

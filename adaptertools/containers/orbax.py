@@ -28,7 +28,7 @@ from adaptertools.errors import (
     UnsafeFileError,
     UnsupportedFeatureError,
 )
-from adaptertools.tensors import NamedTensors, computed, tensor_bytes
+from adaptertools.tensors import Deferred, NamedTensors, computed, tensor_bytes
 
 NAME = "orbax"
 SUFFIX = ".orbax"
@@ -227,14 +227,46 @@ def write(
     Memory: one tensor
     Raises: DestinationError; UnsupportedFeatureError for names and dtypes that cannot be stored
     """
-    nested(str(path), tensors)
+    arrays, documents = _lay_out(str(path), tensors, metadata)
+    with explained(path):
+        path.mkdir()
+        for array, tensor in zip(arrays, computed(tensors[name] for name in arrays.values()), strict=True):
+            _write_array(path / array, tensor)
+            advance(tensor.nbytes)
+        for name, document in documents.items():
+            _write_json(path / name, document)
+        sync_tree(path)
+
+
+def size(tensors: NamedTensors, metadata: Mapping[str, str]) -> int:
+    """The bytes of all files in the folder that `write` makes.
+
+    Raises: UnsupportedFeatureError for names and dtypes that cannot be stored
+    """
+    _, documents = _lay_out(NAME, tensors, metadata)
+    described = [*documents.values(), *map(_description, tensors.values())]
+    return sum(tensor.nbytes for tensor in tensors.values()) + sum(
+        len(format_json(document).encode()) for document in described
+    )
+
+
+def _lay_out(
+    label: str, tensors: NamedTensors, metadata: Mapping[str, str]
+) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
+    """The tensor of every array by the array's name, and the documents beside the arrays.
+
+    Raises: UnsupportedFeatureError for names and dtypes that cannot be stored
+    """
+    nested(label, tensors)
     entries: dict[str, Any] = {}
     arrays: dict[str, str] = {}
     for name, tensor in tensors.items():
-        keys = check_name(str(path), name).split("/")
+        keys = check_name(label, name).split("/")
         array = ".".join(keys)
         if tensor.dtype not in _ZARR_DTYPES or tensor.nbytes == 0 or {".", ".."} & set(keys) or array in arrays:
-            raise UnsupportedFeatureError(f"{path}: Orbax cannot store {name}, {tuple(tensor.shape)} in {tensor.dtype}")
+            raise UnsupportedFeatureError(
+                f"{label}: Orbax cannot store {name}, {tuple(tensor.shape)} in {tensor.dtype}"
+            )
         arrays[array] = name
         entries[repr(tuple(keys))] = {
             "key_metadata": [{"key": key, "key_type": _DICT_KEY} for key in keys],
@@ -246,19 +278,11 @@ def write(
         "use_zarr3": False,
         "store_array_data_equal_to_fill_value": True,
     }
-    with explained(path):
-        path.mkdir()
-        for array, tensor in zip(arrays, computed(tensors[name] for name in arrays.values()), strict=True):
-            _write_array(path / array, tensor)
-            advance(tensor.nbytes)
-        _write_json(path / _TREE, tree)
-        _write_json(path / _CHECKPOINT, {"custom_metadata": dict(metadata)})
-        sync_tree(path)
+    return arrays, {_TREE: tree, _CHECKPOINT: {"custom_metadata": dict(metadata)}}
 
 
-def _write_array(folder: Path, tensor: Tensor) -> None:
-    folder.mkdir()
-    description = {
+def _description(tensor: Tensor | Deferred) -> dict[str, Any]:
+    return {
         "zarr_format": 2,
         "shape": list(tensor.shape),
         "chunks": list(tensor.shape),
@@ -269,7 +293,11 @@ def _write_array(folder: Path, tensor: Tensor) -> None:
         "order": "C",
         "dimension_separator": ".",
     }
-    _write_json(folder / ".zarray", description)
+
+
+def _write_array(folder: Path, tensor: Tensor) -> None:
+    folder.mkdir()
+    _write_json(folder / ".zarray", _description(tensor))
     chunk = ".".join("0" for _ in tensor.shape) or "0"
     with allocated(folder / chunk, tensor.nbytes, flush=False) as file:
         file.write(tensor_bytes(tensor))

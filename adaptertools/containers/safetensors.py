@@ -7,9 +7,9 @@ order and data that is not aligned.
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -39,6 +39,7 @@ _DTYPES: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -76,7 +77,8 @@ def read(path: Path) -> TensorFile:
     mapped = map_file(path)
     tensors = {name: view(mapped, span.dtype, span.shape, start + span.begin) for name, span in spans.items()}
     strings = {str(key): str(value) for key, value in metadata.items()}
-    return TensorFile(tensors=tensors, metadata=strings, container=NAME, label=label, nbytes=size)
+    offsets = {name: start + span.begin for name, span in spans.items()}
+    return TensorFile(tensors=tensors, metadata=strings, container=NAME, label=label, nbytes=size, offsets=offsets)
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], int]:
@@ -143,34 +145,65 @@ def _check_coverage(label: str, spans: Mapping[str, _Span], size: int) -> None:
         raise DamagedFileError(f"{label}: the file {what}: {end} bytes of data expected, {size} found")
 
 
+class Sized(Protocol):
+    """What must be known of a tensor to give it a place in a file."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def shape(self) -> Sequence[int]: ...
+    @property
+    def nbytes(self) -> int: ...
+
+
+def lay_out(label: str, tensors: Mapping[str, Sized], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
+    """The header of a file of these tensors, and where in the file each begins, in the order of their bytes.
+
+    Wide dtypes stand first, so that every tensor is aligned.
+
+    Raises: UnsupportedFeatureError for dtypes and names that cannot be stored
+    """
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _DTYPE_NAMES or check_name(label, name) == _METADATA:
+            raise UnsupportedFeatureError(f"{label}: safetensors cannot store {name} in {tensor.dtype}")
+    header: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
+    end = 0
+    begins = {}
+    for name in sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize):
+        tensor = tensors[name]
+        begins[name], end = end, end + tensor.nbytes
+        header[name] = {
+            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begins[name], end],
+        }
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    return len(text).to_bytes(8, "little") + text, {name: start + begin for name, begin in begins.items()}
+
+
 def write(
     path: Path, tensors: NamedTensors, metadata: Mapping[str, str], advance: Callable[[int], None] = lambda _: None
 ) -> None:
-    """Write the tensors in the given order, each computed when its turn comes.
-
-    Wide dtypes stand first, so that every tensor is aligned.
+    """Write the tensors in the order that `lay_out` gives them, each computed when its turn comes.
 
     Memory: two tensors
     Raises: DestinationError; UnsupportedFeatureError for dtypes and names that cannot be stored
     """
-    for name, tensor in tensors.items():
-        if tensor.dtype not in _DTYPE_NAMES or check_name(str(path), name) == _METADATA:
-            raise UnsupportedFeatureError(f"{path}: safetensors cannot store {name} in {tensor.dtype}")
-    order = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
-    header: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
-    end = 0
-    for name in order:
-        tensor = tensors[name]
-        begin, end = end, end + tensor.nbytes
-        header[name] = {
-            "dtype": _DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [begin, end],
-        }
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    with allocated(path, 8 + len(text) + end) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in computed(tensors[name] for name in order):
+    header, offsets = lay_out(str(path), tensors, metadata)
+    size = len(header) + sum(tensor.nbytes for tensor in tensors.values())
+    with allocated(path, size) as file:
+        file.write(header)
+        for tensor in computed(tensors[name] for name in offsets):
             file.write(tensor_bytes(tensor))
             advance(tensor.nbytes)
+
+
+def size(tensors: NamedTensors, metadata: Mapping[str, str]) -> int:
+    """The bytes of the file that `write` makes.
+
+    Raises: UnsupportedFeatureError for dtypes and names that cannot be stored
+    """
+    header, _ = lay_out(NAME, tensors, metadata)
+    return len(header) + sum(tensor.nbytes for tensor in tensors.values())

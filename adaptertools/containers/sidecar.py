@@ -31,7 +31,18 @@ def fingerprint(path: Path) -> str:
 
 def bind(document: Mapping[str, Any], weights: Path, replaced: Path) -> dict[str, Any]:
     """The document with the fingerprint of its weights, and the record of the weights that they are to replace."""
-    bound = {**document, "weights": fingerprint(weights)}
+    return _bound(document, fingerprint(weights), replaced)
+
+
+def foreseen(document: Mapping[str, Any], replaced: Path | None) -> dict[str, Any]:
+    """What `bind` makes of the document as far as its length goes, before the weights are there."""
+    return _bound(document, "0" * len(hashlib.sha256().hexdigest()), replaced)
+
+
+def _bound(document: Mapping[str, Any], weights: str, replaced: Path | None) -> dict[str, Any]:
+    bound = {**document, "weights": weights}
+    if replaced is None:
+        return bound
     with suppress(FileError):  # a damaged sidecar says nothing that could be kept
         previous = load(Source(replaced), replaced.name)[0] if replaced.is_file() else None
         if previous is not None:

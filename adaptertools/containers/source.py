@@ -10,9 +10,19 @@ from torch import Tensor
 from adaptertools import containers
 from adaptertools.containers.jsonfile import read_json
 from adaptertools.containers.tensorfile import TensorFile, reading
-from adaptertools.errors import EmptyFileError, SourceNotFoundError
+from adaptertools.errors import EmptyFileError, OptionError, SourceNotFoundError
 
 _MEMORY = "memory"
+
+
+def as_path(given: str | Path) -> Path:
+    """The path that a caller means.
+
+    Raises: OptionError for an empty string, which would mean the current folder
+    """
+    if str(given) == "":
+        raise OptionError("an empty path is given; the current folder is .")
+    return Path(given)
 
 
 class Source:

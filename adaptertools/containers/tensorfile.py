@@ -2,7 +2,9 @@
 
 import math
 import mmap
+import platform
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,6 +31,9 @@ MAX_DEPTH = 64
 MAX_ELEMENTS = 1 << 48
 MAX_DIMENSIONS = 32
 
+_MAP_NORESERVE = 0x4000 if sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64") else 0
+"""As Linux has it; Python names it only in later versions."""
+
 _MAX_GROWTH = 100
 _ALWAYS_ALLOWED = 64 << 20
 
@@ -48,6 +53,8 @@ class TensorFile:
     container: str
     label: str
     nbytes: int = 0
+    offsets: Mapping[str, int] = field(default_factory=dict)
+    """The byte of the file at which each tensor begins that lies in it as it is."""
 
 
 def read_head(path: Path, size: int = 512) -> bytes:
@@ -98,9 +105,13 @@ def file_size(path: Path) -> int:
 
 
 def map_file(path: Path) -> mmap.mmap:
-    """The file's bytes, read from disk where they are touched; changes to them stay in memory."""
+    """The file's bytes, read from disk where they are touched; changes to them stay in memory.
+
+    No memory is set aside for such changes: a file may be larger than all there is.
+    """
     with path.open("rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        prot = mmap.PROT_READ | mmap.PROT_WRITE
+        return mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE | _MAP_NORESERVE, prot=prot)
 
 
 def view(mapped: mmap.mmap | bytearray, dtype: torch.dtype, shape: tuple[int, ...], offset: int) -> Tensor:

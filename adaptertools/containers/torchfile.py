@@ -41,6 +41,7 @@ SUFFIX = ".bin"
 _PICKLE_PROTOCOLS = range(2, 6)
 _TAR_MAGIC, _TAR_MAGIC_OFFSET = b"ustar", 257
 _PAGE = 4096
+_FOLDER = "archive"
 
 
 def sniff(path: Path, head: bytes) -> bool:
@@ -81,10 +82,16 @@ def read(path: Path) -> TensorFile:
         raise EmptyFileError(f"{path}: the file holds no tensor")
     for name, tensor in tensors.items():
         _check_tensor(path, name, tensor)
-    if storages is not None:
-        _check_storages(path, tensors, storages)
+    origin = _check_storages(path, tensors, storages) if storages is not None else None
     tensors = {name: tensor.detach().resolve_conj().resolve_neg() for name, tensor in tensors.items()}
-    return TensorFile(tensors=tensors, metadata=strings, container=NAME, label=str(path), nbytes=file_size(path))
+    return TensorFile(
+        tensors=tensors,
+        metadata=strings,
+        container=NAME,
+        label=str(path),
+        nbytes=file_size(path),
+        offsets=_offsets(tensors, origin, file_size(path)) if origin is not None else {},
+    )
 
 
 def _check_zip(path: Path) -> list[Member]:
@@ -166,10 +173,21 @@ def _check_tensor(path: Path, name: str, tensor: Tensor) -> None:
         )
 
 
-def _check_storages(path: Path, tensors: Mapping[str, Tensor], members: list[Member]) -> None:
+def _offsets(tensors: Mapping[str, Tensor], origin: int, size: int) -> dict[str, int]:
+    """Where in the file each tensor lies that lies in it in one piece; `origin` is the address of its first byte."""
+    offsets = {name: tensor.data_ptr() - origin for name, tensor in tensors.items()}
+    return {
+        name: offset
+        for name, offset in offsets.items()
+        if tensors[name].is_contiguous() and 0 <= offset < offset + tensors[name].nbytes <= size
+    }
+
+
+def _check_storages(path: Path, tensors: Mapping[str, Tensor], members: list[Member]) -> int | None:
     """Every mapped storage must be a whole member of the zip: the pickle states their sizes and may lie.
 
-    torch does not say which member a storage came from. All lie in one map, so their distances tell.
+    torch does not say which member a storage came from. All lie in one map, so their distances tell. The address of the
+    file's first byte is handed back where every member is a storage, so that no other one could be meant.
     """
     storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors.values()) if s.nbytes()}
     spans = {member.offset: member.size for member in members}
@@ -177,11 +195,12 @@ def _check_storages(path: Path, tensors: Mapping[str, Tensor], members: list[Mem
     for offset in spans:
         base = first - offset
         if base % _PAGE == 0 and all(spans.get(start - base) == size for start, size in storages.items()):
-            return
+            return base if len(storages) == sum(size > 0 for size in spans.values()) else None
     if storages:
         raise DamagedFileError(
             f"{path}: the sizes that its pickle states are not those of the data beside it. Download or save it again"
         )
+    return None
 
 
 def write(
@@ -194,23 +213,40 @@ def write(
     Memory: two tensors
     Raises: DestinationError; UnsupportedFeatureError for dtypes that cannot be stored
     """
-    for name, tensor in tensors.items():
-        check_name(str(path), name)
-        if tensor.dtype not in DTYPES:
-            raise UnsupportedFeatureError(f"{path}: cannot store {name} in {tensor.dtype}; choose another dtype")
-    folder = "archive"
-    documents = {
-        f"{folder}/data.pkl": dump(tensors),
-        f"{folder}/byteorder": b"little",
-        f"{folder}/version": b"3\n",
-    }
-    sizes = {name: len(content) for name, content in documents.items()}
-    sizes |= {f"{folder}/data/{index}": tensor.nbytes for index, tensor in enumerate(tensors.values())}
+    documents = _documents(str(path), tensors)
+    sizes = _sizes(documents, tensors)
     with ziparchive.create(path, sizes) as archive:
         for name, content in documents.items():
             with archive.member(name, len(content)) as append:
                 append(content)
         for index, tensor in enumerate(computed(tensors.values())):
-            with archive.member(f"{folder}/data/{index}", tensor.nbytes) as append:
+            with archive.member(f"{_FOLDER}/data/{index}", tensor.nbytes) as append:
                 append(tensor_bytes(tensor))
             advance(tensor.nbytes)
+
+
+def size(tensors: NamedTensors, metadata: Mapping[str, str]) -> int:
+    """The bytes of the file that `write` makes.
+
+    Raises: UnsupportedFeatureError for dtypes that cannot be stored
+    """
+    return ziparchive.size(_sizes(_documents(NAME, tensors), tensors))
+
+
+def _documents(label: str, tensors: NamedTensors) -> dict[str, bytes]:
+    """The members that hold no storage."""
+    for name, tensor in tensors.items():
+        check_name(label, name)
+        if tensor.dtype not in DTYPES:
+            raise UnsupportedFeatureError(f"{label}: cannot store {name} in {tensor.dtype}; choose another dtype")
+    return {
+        f"{_FOLDER}/data.pkl": dump(tensors),
+        f"{_FOLDER}/byteorder": b"little",
+        f"{_FOLDER}/version": b"3\n",
+    }
+
+
+def _sizes(documents: Mapping[str, bytes], tensors: NamedTensors) -> dict[str, int]:
+    """The bytes of every member."""
+    storages = {f"{_FOLDER}/data/{index}": tensor.nbytes for index, tensor in enumerate(tensors.values())}
+    return {name: len(content) for name, content in documents.items()} | storages

@@ -6,7 +6,7 @@ none that grows beyond what the file's size allows.
 
 import os
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,9 @@ _ALIGNMENT = 64
 _LOCAL_HEADER = 30
 _ZIP64_FIELD = 20
 _DATE = (1980, 1, 1, 0, 0, 0)
+_DIRECTORY_ENTRY = 46
 _END_RECORD = 22
+_ZIP64_END_RECORDS = 56 + 20
 _ENCRYPTED = 0x1
 _UTF8 = 0x800
 _PADDING_FIELD = b"FB"
@@ -118,12 +120,21 @@ class Writer:
         info = zipfile.ZipInfo(name, date_time=_DATE)
         info.file_size = info.compress_size = size
         info.create_system = 3  # the same on every operating system
-        zip64 = size * 1.05 > zipfile.ZIP64_LIMIT
-        header = _LOCAL_HEADER + len(name.encode()) + (_ZIP64_FIELD if zip64 else 0)
-        info.extra = _padding(self._file.tell() + header)
+        zip64 = _is_large(size)
+        info.extra = _padding(self._file.tell() + _local_header(name, size))
         with self._archive.open(info, "w", force_zip64=zip64) as stream:
             yield stream.write
         info.extra = b""  # the padding belongs to the local header alone
+
+
+def _is_large(size: int) -> bool:
+    """Whether a member gets a field for sizes of eight bytes; before it is written zipfile must be told so."""
+    return size * 1.05 > zipfile.ZIP64_LIMIT
+
+
+def _local_header(name: str, size: int) -> int:
+    """The bytes before a member, without the padding."""
+    return _LOCAL_HEADER + len(name.encode()) + (_ZIP64_FIELD if _is_large(size) else 0)
 
 
 def _padding(position: int) -> bytes:
@@ -143,3 +154,15 @@ def create(path: Path, members: dict[str, int]) -> Iterator[Writer]:
         zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
     ):
         yield Writer(archive, file)
+
+
+def size(members: Mapping[str, int]) -> int:
+    """The bytes of the zip file that `create` and its members of these names and sizes make."""
+    position = directory = 0
+    for name, length in members.items():
+        large = [position > zipfile.ZIP64_LIMIT, *([length > zipfile.ZIP64_LIMIT] * 2)]  # where it stands, two sizes
+        directory += _DIRECTORY_ENTRY + len(name.encode()) + (4 + 8 * sum(large) if any(large) else 0)
+        position += _local_header(name, length)
+        position += len(_padding(position)) + length
+    many = len(members) > zipfile.ZIP_FILECOUNT_LIMIT or max(position, directory) > zipfile.ZIP64_LIMIT
+    return position + directory + (_ZIP64_END_RECORDS if many else 0) + _END_RECORD

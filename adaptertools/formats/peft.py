@@ -22,7 +22,8 @@ Keys are `base_model.model.` + module path + one of
 
 Scaling is lora_alpha / r, or lora_alpha / √r with use_rslora. Rank and alpha are the module's own: alpha_pattern is a
 map of regular expressions, of which the first in the file that matches `^(.*\\.)?(KEY)$` counts; ranks are those of
-the tensors. ΔW = s · B A, transposed where the base weight is stored (in, out).
+the tensors. ΔW = s · B A, transposed where the base weight is stored (in, out). With
+layer_replication, names count the layers of the model that is built; the adapter carries it in its base.
 
 Reading takes `adapter_name` (one of several adapters, in sub-folders or in keys) and `dora` (whether magnitudes count
 that the configuration denies). Writing takes `conv="svd"`, which factors loralib's convolutions anew.
@@ -32,7 +33,7 @@ versions that they belong to.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from adaptertools.adapter import Adapter, Feature, Origin, merge_notes
@@ -49,6 +50,7 @@ from adaptertools.dialects.peft.factors import layers
 from adaptertools.dialects.peft.keys import MAGNITUDE, Contents, Group
 from adaptertools.dialects.peft.layout import Layout, arrange
 from adaptertools.dialects.peft.modules import OUT_PROJ, Reading, read_attention, read_module
+from adaptertools.dialects.peft.patterns import anchored
 from adaptertools.dialects.peft.weights import read_full_weights, read_row_weights, tied_copies
 from adaptertools.dialects.peft.write import (
     build_config,
@@ -115,7 +117,9 @@ def read(
             f"{source.label}: none of its {len(found.tensors)} tensors is a factor of LoRA, and {CONFIG} is not there; "
             "this is no adapter"
         )
-    reading = Reading(config=config, base=BaseModel(base), dora=_settle_dora(contents, config, dora))
+    reading = Reading(
+        config=config, base=BaseModel(base, config.base.layer_replication), dora=_settle_dora(contents, config, dora)
+    )
     tied = tied_copies(contents.groups, config)
     groups = [group for path, group in contents.groups.items() if path not in tied]
     modules = _read_modules(groups, reading)
@@ -165,7 +169,7 @@ def write(adapter: Adapter, encoder: Encoder, *, container: str, conv: str | Non
         metadata={"format": "pt"},
         documents={CONFIG: config},
         sidecar=peft_files.SIDECAR,
-        notes=(*_component_notes(adapter), *_fused_notes(adapter, layout)),
+        notes=(*_component_notes(adapter), *_fused_notes(adapter, layout), *_pattern_notes(layout, config)),
     )
 
 
@@ -259,6 +263,17 @@ def _fused_notes(adapter: Adapter, layout: Layout) -> tuple[str, ...]:
         for (count, rank), number in kinds.items()
         if count > 1
     )
+
+
+def _pattern_notes(layout: Layout, config: Mapping[str, Any]) -> Iterator[str]:
+    """PEFT checks patterns against modules alone, and applies them to parameters too."""
+    expressions = {anchored(name) for name in layout.target_parameters}
+    fields = [field for field in ("rank_pattern", "alpha_pattern") if not expressions.isdisjoint(config[field])]
+    if fields:
+        yield (
+            f"PEFT 0.21 warns at loading that keys of {' and '.join(fields)} were ignored: those of target_parameters "
+            "are not, and the warning means nothing"
+        )
 
 
 def _names_lists(value: Any) -> list[list[str]]:

@@ -1,7 +1,7 @@
 """What several adapters must agree on before they are one: base model, whole weights, token rows, tokens, settings."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
@@ -64,6 +64,7 @@ def agree(sources: Sequence[Source], *, full_weights: int | None = None, force: 
     """
     active = [source for source in sources if source.weight]
     _check_features(active)
+    _check_layers(active)
     tokens = _tokens(active)
     notes: list[str] = []
     bases = _bases(active, force, notes)
@@ -91,10 +92,28 @@ def _check_features(sources: Iterable[Source]) -> None:
             )
         if holders := source.adapter.holders(Feature.CHANGED_BASE):
             raise UnsupportedFeatureError(
-                f"{source} belongs to {holders[0]}, weights that its initialisation changed: its factors mean nothing "
+                f"{source} was trained with {holders[0]}, which changed the base weights: its factors mean nothing "
                 "beside those for the published ones. PEFT converts such an adapter when it is saved "
                 "(path_initial_model_for_weight_conversion)"
             )
+
+
+def _check_layers(sources: Sequence[Source]) -> None:
+    """Raises: UnsupportedFeatureError unless all sources count the same layers"""
+    first = sources[0]
+    for other in sources[1:]:
+        for component in (*first.adapter.bases, *other.adapter.bases):
+            one, another = (source.adapter.bases.get(component, Base()) for source in (first, other))
+            if one.layer_replication != another.layer_replication:
+                raise UnsupportedFeatureError(
+                    f"{first} is for {_layers(one)}, {other} for {_layers(another)} (layer_replication): their "
+                    "modules of one name belong to different layers, and do not add up"
+                )
+
+
+def _layers(base: Base) -> str:
+    ranges = [list(layers) for layers in base.layer_replication]
+    return f"layers {ranges}" if ranges else "the layers as published"
 
 
 def _tokens(sources: Sequence[Source]) -> tuple[int, ...] | None:
@@ -126,8 +145,8 @@ def _bases(sources: Sequence[Source], force: bool, notes: list[str]) -> dict[str
                     f"{said}. Adapters add up on one base model only; --force says that the two are the same"
                 )
             notes.append(f"{said}; as forced, they count as the same, and the first is kept")
-        revisions = [base.revision for _, base in known if base.id == first.id and base.revision]
-        found[component] = Base(id=first.id, revision=first.revision or next(iter(revisions), None))
+        revisions = [base.revision for _, base in known if model_name(base) == model_name(first) and base.revision]
+        found[component] = replace(first, revision=first.revision or next(iter(revisions), None))
     unknown = [source for source in sources if not any(base.id for base in source.adapter.bases.values())]
     if unknown:
         names = ", ".join(map(str, unknown))
@@ -137,7 +156,12 @@ def _bases(sources: Sequence[Source], force: bool, notes: list[str]) -> dict[str
 
 def _contradict(one: Base, other: Base) -> bool:
     revisions = {one.revision, other.revision} - {None}
-    return one.id != other.id or len(revisions) > 1
+    return model_name(one) != model_name(other) or len(revisions) > 1
+
+
+def model_name(base: Base) -> str | None:
+    """The base's id without slashes at its end, which a folder's name may have or not."""
+    return base.id and (base.id.rstrip("/") or base.id)
 
 
 def _name(base: Base) -> str:

@@ -34,6 +34,9 @@ _HEAD_BY_SIZE = ("decoder", "head", "output", "output_projection", "proj_out")
 _CLASSIFIERS = frozenset({"score", "classifier"})
 """What PEFT trains whole for sequence classification."""
 
+_LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+"""Ends of the names of architectures whose output head is called lm_head."""
+
 _LINEAR_ROUTERS = ("llama4", "llama4_text", "jetmoe")
 """Models of transformers whose routers are linear layers though their experts are fused."""
 
@@ -123,6 +126,20 @@ class BaseLayers:
         """Those of the head of a model for sequence classification; 0 for other models."""
         return sum(math.prod(shape) for name, shape in self.shapes.items() if self._is_classifier(name))
 
+    @property
+    def tied_head(self) -> Layer | None:
+        """The output head of a language model that is its input embedding, where the file does not repeat it.
+
+        It is called `lm_head` in the models that have one by this rule. Where the configuration does not say
+        `tie_word_embeddings`, it is true by default.
+        """
+        untied = any(part.get("tie_word_embeddings") is False for part in (self._config, self._text))
+        if untied or not self._is_language_model or any(layer.kind is LayerKind.HEAD for layer in self.layers):
+            return None
+        embeddings = [layer for layer in self.layers if layer.kind is LayerKind.EMBEDDING]
+        shapes = {layer.shape for layer in embeddings if layer.shape[0] in self._vocabularies}
+        return Layer(name="lm_head", kind=LayerKind.HEAD, shape=shapes.pop()) if len(shapes) == 1 else None
+
     def _tied_heads(self) -> list[str]:
         """Heads that are stored and yet are the embedding, as the configuration says."""
         if not any(part.get("tie_word_embeddings") is True for part in (self._config, self._text)):
@@ -159,9 +176,7 @@ class BaseLayers:
         return LayerKind.CLASSIFIER if self._is_classifier(module) else LayerKind.LINEAR
 
     def _is_classifier(self, name: str) -> bool:
-        architectures = self._config.get("architectures")
-        known = map(str, architectures) if isinstance(architectures, list) else ()
-        classifies = any(architecture.endswith("ForSequenceClassification") for architecture in known)
+        classifies = any(name.endswith("ForSequenceClassification") for name in self._architectures)
         return classifies and not _CLASSIFIERS.isdisjoint(name.split("."))
 
     def _is_parameter_router(self, module: str) -> bool:
@@ -169,6 +184,15 @@ class BaseLayers:
         home = module.removesuffix(".layer")
         is_router = leaf(home) == "router" or (leaf(home) == "gate" and home == module)
         return is_router and parent(home) in self._fused_experts and self._model_type not in _LINEAR_ROUTERS
+
+    @property
+    def _is_language_model(self) -> bool:
+        return any(name.endswith(_LANGUAGE_MODELS) for name in self._architectures)
+
+    @property
+    def _architectures(self) -> list[str]:
+        stated = self._config.get("architectures")
+        return [str(name) for name in stated] if isinstance(stated, list) else []
 
     @property
     def _model_type(self) -> object:

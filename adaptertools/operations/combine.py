@@ -1,7 +1,7 @@
 """The modules of several adapters combined, parameter by parameter."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -15,6 +15,7 @@ from adaptertools.operations.align import Parameter, by_parameter, in_common_lay
 from adaptertools.operations.concatenate import Contribution, Terms
 from adaptertools.operations.core_space import Method, combine_in_core_space
 from adaptertools.operations.spectra import cast_error, decompose, rebuild
+from adaptertools.operations.sum_error import SumError
 from adaptertools.tensors import check_finite, dtype_name, in_parallel
 
 
@@ -39,13 +40,14 @@ class Rule:
 class Combined:
     """One module of the result, the nominal rank it has in each source by number, and its errors.
 
-    `error` is the largest of an element of the factors, `rounding` that of factors made anew, ‖ΔW' − ΔW‖ / ‖ΔW‖.
+    `dtypes` are those that its tensors have in the sources; `cancelled` says that nothing is left of several terms.
     """
 
     module: LoraModule
     ranks: dict[int, int]
-    error: float = 0.0
-    rounding: float = 0.0
+    error: SumError
+    dtypes: Mapping[str, frozenset[torch.dtype]] = field(default_factory=dict)
+    cancelled: bool = False
     capped_from: int | None = None
 
 
@@ -73,7 +75,8 @@ def combine(
         groups = [table.get(parameter, ()) for table in tables]
         places = _places(groups, sources)
         own = rule if rule.dtype or not _widened(groups, places) else replace(rule, dtype=torch.float32)
-        return _summed(places, own) if rule.method == "sum" else _merged(places, sources, own)
+        made = _summed(places, own) if rule.method == "sum" else _merged(places, sources, own)
+        return [replace(one, dtypes=_dtypes(groups)) for one in made]
 
     on_cpu = rule.method == "sum" or rule.device.type == "cpu"
     combined: list[Combined] = []
@@ -145,8 +148,8 @@ def _summed(places: Sequence[Place], rule: Rule) -> list[Combined]:
     dtype = None if grown else rule.dtype  # made anew, they are rounded then
     sums = [term.add(rank, dtype=dtype, allow_nonfinite=rule.allow_nonfinite) for term in terms]
     return [
-        Combined(module=done.module, ranks=_ranks(place), error=done.error)
-        for place, done in zip(places, sums, strict=True)
+        Combined(module=done.module, ranks=_ranks(place), error=done.error, cancelled=term.cancel)
+        for place, term, done in zip(places, terms, sums, strict=True)
     ]
 
 
@@ -194,11 +197,21 @@ def _rounded(place: Place, lora_A: Tensor, lora_B: Tensor, rule: Rule) -> Combin
     for name in ("lora_A", "lora_B"):
         check_finite(f"{first.target}.{name} as {dtype_name(dtype)}", module.tensors[name])
     norm = delta_norm(wide)
-    return Combined(module=module, ranks=_ranks(place), rounding=cast_error(wide, dtype) / norm if norm else 0.0)
+    error = SumError(delta=cast_error(wide, dtype) / norm if norm else 0.0)
+    gone = norm == 0 and any(delta_norm(module) for _, module in place)
+    return Combined(module=module, ranks=_ranks(place), error=error, cancelled=gone)
 
 
 def _ranks(place: Place) -> dict[int, int]:
     return {source.number: module.nominal_rank for source, module in place}
+
+
+def _dtypes(groups: Groups) -> dict[str, frozenset[torch.dtype]]:
+    """Those of all tensors of one parameter, by name."""
+    found: dict[str, frozenset[torch.dtype]] = {}
+    for name, tensor in (item for group in groups for module in group for item in module.tensors.items()):
+        found[name] = found.get(name, frozenset()) | {tensor.dtype}
+    return found
 
 
 def _full_rank(modules: Sequence[LoraModule]) -> int:
@@ -234,5 +247,7 @@ def _within_full_rank(combined: Sequence[Combined], rule: Rule) -> list[Combined
         module = replace(module, alpha=alpha, scale_rule=ScaleRule.ALPHA_OVER_RANK)
         slip = abs(module.scaling / one.module.scaling - 1) if one.module.scaling else 0.0
         rounding = (new.rounding / norm if norm else 0.0) + slip
-        made[id(one)] = replace(one, module=module, rounding=rounding, capped_from=one.module.nominal_rank)
+        delta = one.error.delta + rounding * (1 + one.error.delta)  # at most: one error after the other
+        error = replace(one.error, delta=delta)
+        made[id(one)] = replace(one, module=module, error=error, capped_from=one.module.nominal_rank)
     return [made.get(id(one), one) for one in combined]

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from adaptertools.adapter import LoraModule, ScaleRule
 from adaptertools.errors import ConfigError
+from adaptertools.operations.sum_error import EXACT, SumError, delta_error
 from adaptertools.operations.weighted_sum import Part, plain, same_values, side_by_side
+from adaptertools.tensors import all_finite
 
 Item = TypeVar("Item")
 
@@ -45,14 +47,10 @@ class Contribution:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Sum:
-    """A module that holds the sum. `error` is 0.0 only where no bit was lost.
-
-    Every entry of the delta weight is within `error` times the sum of the magnitudes of what was added up in it,
-    Σ |cᵢ|·|Bᵢ|·|Aᵢ|.
-    """
+    """A module that holds the sum, and what rounding made of it."""
 
     module: LoraModule
-    error: float = 0.0
+    error: SumError = EXACT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -81,14 +79,17 @@ class _Block:
 class Terms:
     """What a sum will consist of, so that its rank is known before it is computed.
 
-    `contributions` are of one target and one layout, one at least; those of coefficient 0 take no rank.
+    `contributions` are of one target and one layout, one at least; those that add nothing take no rank: of coefficient
+    0, or with a lora_B of zeros.
     """
 
     def __init__(self, contributions: Sequence[Contribution]) -> None:
         self.contributions = [one for one in contributions if one.coefficient] or list(contributions[:1])
         self.first = self.contributions[0].module
         self.device = self.first.lora_A.device
-        self._blocks = _blocks(self.contributions)
+        acting = [one for one in self.contributions if one.coefficient and not _is_idle(one.module)]
+        self._blocks = _blocks(acting or self.contributions)
+        self.cancel = bool(acting) and not self._blocks
 
     @property
     def rank(self) -> int:
@@ -114,12 +115,18 @@ class Terms:
         shape_A, shape_B = list(self.first.lora_A.shape), list(self.first.lora_B.shape)
         shape_A[-2] = shape_B[-1] = rank
         wanted = dtype if blocks else dtype or self.first.lora_A.dtype
-        lora_A, error_A = side_by_side(
-            [block.lora_A for block in blocks], shape_A, -2, dtype=wanted, allow_nonfinite=allow_nonfinite
+        sides = ([block.lora_A for block in blocks], shape_A, -2), ([block.lora_B for block in blocks], shape_B, -1)
+        (lora_A, error_A), (lora_B, error_B) = (
+            side_by_side(*side, dtype=wanted, allow_nonfinite=allow_nonfinite) for side in sides
         )
-        lora_B, error_B = side_by_side(
-            [block.lora_B for block in blocks], shape_B, -1, dtype=wanted, allow_nonfinite=allow_nonfinite
-        )
+        delta, estimated = slip, False
+        if error_A or error_B:
+            meant_A, meant_B = (
+                side_by_side(*side, dtype=torch.float64, allow_nonfinite=True)[0] if error else stored
+                for side, error, stored in zip(sides, (error_A, error_B), (lora_A, lora_B), strict=True)
+            )
+            off, estimated = delta_error(meant_A, meant_B, lora_A, lora_B)
+            delta += off
         lora_bias, error_bias = self._bias(common, dtype, allow_nonfinite)
         module = replace(
             self.first,
@@ -129,7 +136,8 @@ class Terms:
             scale_rule=ScaleRule.ALPHA_OVER_RANK,
             lora_bias=None if lora_bias is None else lora_bias.to(self.device),
         )
-        return Sum(module=module, error=max(_product_error(error_A, error_B), error_bias) + slip)
+        element = max(_product_error(error_A, error_B), error_bias) + slip
+        return Sum(module=module, error=SumError(element=element, delta=delta, estimated=estimated))
 
     def _bias(self, common: Fraction, dtype: torch.dtype | None, allow_nonfinite: bool) -> tuple[Tensor | None, float]:
         holders = [one for one in self.contributions if one.module.lora_bias is not None]
@@ -231,7 +239,8 @@ def _scaled(only: Contribution) -> Sum:
         bias = module.lora_bias
         changed = replace(changed, lora_B=_negative(module.lora_B), lora_bias=None if bias is None else _negative(bias))
     meant = abs(only.coefficient)
-    return Sum(module=changed, error=float(abs(abs(Fraction(changed.scaling)) / meant - 1)) if meant else 0.0)
+    slip = float(abs(abs(Fraction(changed.scaling)) / meant - 1)) if meant else 0.0
+    return Sum(module=changed, error=SumError(element=slip, delta=slip))
 
 
 def _negative(tensor: Tensor) -> Tensor:
@@ -252,7 +261,23 @@ def _cast(done: Sum, dtype: torch.dtype, allow_nonfinite: bool) -> Sum:
     (lora_A, error_A), (lora_B, error_B) = rounded("lora_A"), rounded("lora_B")
     lora_bias, error_bias = rounded("lora_bias") if done.module.lora_bias is not None else (None, 0.0)
     changed = replace(done.module, lora_A=lora_A, lora_B=lora_B, lora_bias=lora_bias)
-    return Sum(module=changed, error=done.error + max(_product_error(error_A, error_B), error_bias))
+    delta, estimated = done.error.delta, False
+    if error_A or error_B:
+        factors = (done.module.lora_A, done.module.lora_B, lora_A, lora_B)
+        off, estimated = delta_error(*(plain(factor) for factor in factors))
+        delta += off
+    element = done.error.element + max(_product_error(error_A, error_B), error_bias)
+    return Sum(module=changed, error=SumError(element=element, delta=delta, estimated=estimated))
+
+
+def _is_idle(module: LoraModule) -> bool:
+    """Whether the delta weight is zero since lora_B is, as before training; looked at closely only if it begins so."""
+    beginning = module.lora_B[..., :1, :]
+    return not (_any(beginning) or _any(module.lora_B)) and all_finite(module.lora_A)
+
+
+def _any(tensor: Tensor) -> bool:
+    return bool(plain(tensor).any())
 
 
 def _product_error(error_A: float, error_B: float) -> float:

@@ -12,9 +12,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from adaptertools.adapter import Adapter, Base, LoraModule, RowWeights
+from adaptertools.adapter import Adapter, Base, LoraModule, RowWeights, expect_adapter
 from adaptertools.errors import OptionError
 from adaptertools.linalg import delta_norm
+from adaptertools.operations.agree import model_name
 from adaptertools.operations.align import by_parameter, in_common_layout
 from adaptertools.operations.difference import Difference, ModuleDifference, cosine_together
 from adaptertools.operations.distance import compare_products
@@ -51,10 +52,12 @@ def diff(
 
     Units:  tolerance is relative to A
     Memory: a few float64 copies of one parameter's factors a core; the (out, in) delta weight is never formed
-    Raises: OptionError for a tolerance that is negative or no number
+    Raises: OptionError for a tolerance that is negative or no number, and for what is no adapter
             ShapeError if the delta weights of a parameter have different shapes
             NonFiniteError for NaN or infinity in what is not equal bit for bit, or whose norm is needed
     """
+    expect_adapter(a)
+    expect_adapter(b)
     if isinstance(tolerance, bool) or not isinstance(tolerance, int | float) or not 0 <= tolerance < math.inf:
         raise OptionError(f"tolerance is {tolerance!r:.40}, expected a number of 0 or more")
     tasks = list(_tasks(a, b))
@@ -234,6 +237,9 @@ def _others(a: Adapter, b: Adapter) -> Iterator[str]:
     for component, one, other in _bases(a, b):
         if one.change != other.change:
             yield f"{component}base: {_said(one.change)} in A, {_said(other.change)} in B"
+        if one.layer_replication != other.layer_replication:
+            layers, other_layers = (list(map(list, b.layer_replication)) or "as published" for b in (one, other))
+            yield f"{component}base: layers {layers} in A, {other_layers} in B"
 
 
 def _said(change: str | None) -> str:
@@ -242,7 +248,7 @@ def _said(change: str | None) -> str:
 
 def _notes(a: Adapter, b: Adapter) -> Iterator[str]:
     for component, one, other in _bases(a, b):
-        if one.id and other.id and one.id != other.id:
+        if one.id and other.id and model_name(one) != model_name(other):
             yield f"{component}base model: {one.id} in A, {other.id} in B"
         elif one.revision and other.revision and one.revision != other.revision:
             yield f"{component}base model: revision {one.revision} in A, {other.revision} in B"

@@ -2,12 +2,14 @@
 
 import difflib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from adaptertools.adapter import merge_notes
 from adaptertools.containers.checkpoint import Checkpoint
+from adaptertools.containers.source import as_path
 from adaptertools.errors import OptionError
 from adaptertools.names import matches
 from adaptertools.operations.base_layers import BaseLayers, Layer, LayerKind
@@ -108,7 +110,7 @@ def estimate(
             UnsupportedFeatureError for a base whose headers do not state the shapes, and for an adapter
     """
     wanted = _ranks(ranks)
-    checkpoint = base if isinstance(base, Checkpoint) else Checkpoint.open(Path(base))
+    checkpoint = base if isinstance(base, Checkpoint) else Checkpoint.open(as_path(base))
     model = BaseLayers(checkpoint)
     names = [targets] if isinstance(targets, str) else list(targets)
     chosen, notes = _choose(model, names, checkpoint.label)
@@ -124,7 +126,7 @@ def estimate(
 
 
 def _ranks(ranks: int | Sequence[int]) -> tuple[int, ...]:
-    wanted = [ranks] if isinstance(ranks, int) else list(ranks)
+    wanted = list(ranks) if isinstance(ranks, Iterable) else [ranks]
     for rank in wanted:
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
             raise OptionError(f"rank is {rank!r:.40}, expected a whole number from 1 on")
@@ -133,9 +135,9 @@ def _ranks(ranks: int | Sequence[int]) -> tuple[int, ...]:
     return tuple(dict.fromkeys(wanted))
 
 
-def _choose(model: BaseLayers, targets: Sequence[str], label: str) -> tuple[list[Layer], list[str]]:
+def _choose(model: BaseLayers, targets: Sequence[str], label: str) -> tuple[list[Layer], tuple[str, ...]]:
     """The layers that the targets name, in the order of the file, and what to know about the choice."""
-    chosen: set[str] = set()
+    chosen: dict[str, Layer] = {}
     notes = []
     for target in targets:
         if target.lower() == ALL_LINEAR:
@@ -148,12 +150,16 @@ def _choose(model: BaseLayers, targets: Sequence[str], label: str) -> tuple[list
                     f"target_parameters alone: they are not counted. To count them, name {bare[0].label}"
                 )
             found = found or bare
+        if not found and (tied := model.tied_head) is not None and matches(target, tied.name):
+            found = [tied]
+            notes.append(f"{tied.name} is tied to the embedding and not in the file; it counts as PEFT adapts it")
         if not found:
             raise OptionError(_nothing(model, target, label))
-        chosen.update(layer.name for layer in found)
+        chosen.update({layer.name: layer for layer in found})
     if not chosen:
         raise OptionError("no target is given, expected names of modules or all-linear")
-    return [layer for layer in model.layers if layer.name in chosen], notes
+    order = {layer.name: index for index, layer in enumerate(model.layers)}
+    return sorted(chosen.values(), key=lambda layer: order.get(layer.name, len(order))), merge_notes(notes)
 
 
 def _named(model: BaseLayers, target: str) -> tuple[list[Layer], list[Layer]]:

@@ -13,7 +13,7 @@ from adaptertools.errors import NonFiniteError, UnsupportedFeatureError
 from adaptertools.linalg import ProductSVD, parse_device
 from adaptertools.operations.ranks import Ladder, joined, nbytes, norm
 from adaptertools.operations.spectra import decompose
-from adaptertools.tensors import parse_dtype
+from adaptertools.tensors import all_finite, in_parallel, parse_dtype
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -129,6 +129,8 @@ class Spectra:
     groups: list[list[int]]
     ladders: list[Ladder]
     """of every group"""
+    carried: list[LoraModule]
+    """modules that hold NaN or infinity, and slots beside such, which stay as they are"""
     device: torch.device
     dtype: torch.dtype | None
 
@@ -139,12 +141,26 @@ class Spectra:
         device: str | torch.device,
         dtype: str | torch.dtype | None,
         on_progress: Callable[[int, int], None] | None,
+        *,
+        allow_nonfinite: bool = False,
+        limit: int | None = None,
     ) -> "Spectra":
-        """Raises: UnsupportedFeatureError, NonFiniteError, OptionError"""
+        """With `allow_nonfinite`, modules that hold NaN or infinity are carried along, unless `limit` is a lower rank.
+
+        Raises: UnsupportedFeatureError, NonFiniteError, OptionError
+        """
         _check(adapter)
         place, cast = parse_device(device), parse_dtype(dtype) if isinstance(dtype, str) else dtype
         found = families(adapter)
-        decompositions = decompose([family.joined for family in found], place, on_progress)
+        damaged = _damaged(found) if allow_nonfinite else set()
+        carried = [found[index] for index in sorted(damaged)]
+        _check_carried(carried, limit)
+        found = [family for index, family in enumerate(found) if index not in damaged]
+        try:
+            decompositions = decompose([family.joined for family in found], place, on_progress)
+        except NonFiniteError:
+            _explain(found, limit)
+            raise
         steps = [family.ladder(d.singular_values, cast) for family, d in zip(found, decompositions, strict=True)]
         for family, ladder in zip(found, steps, strict=True):
             if not math.isfinite(norm(ladder.norms)):
@@ -157,6 +173,7 @@ class Spectra:
             steps=steps,
             groups=together,
             ladders=[joined([steps[i] for i in group]) for group in together],
+            carried=[module for family in carried for module in family.members],
             device=place,
             dtype=cast,
         )
@@ -174,12 +191,50 @@ class Spectra:
         return found
 
 
+def _damaged(found: Sequence[Family]) -> set[int]:
+    """The families that hold NaN or infinity, and all slots of the parameters that they are part of."""
+    sound = list(in_parallel(lambda family: not _nonfinite(family.joined), found))
+    return {i for group in groups(found) if not all(sound[i] for i in group) for i in group}
+
+
+def _nonfinite(module: LoraModule) -> list[str]:
+    return [name for name in ("lora_A", "lora_B") if not all_finite(module.tensors[name])]
+
+
+def _check_carried(carried: Sequence[Family], limit: int | None) -> None:
+    """Raises: NonFiniteError for one that would have to be truncated"""
+    for family in carried:
+        if limit is not None and family.inner.nominal_rank > limit:
+            _refuse(family, limit)
+
+
+def _explain(found: Sequence[Family], limit: int | None) -> None:
+    """Raises: NonFiniteError for the first family that holds a value which is not finite; none may"""
+    for family in found:
+        if _nonfinite(family.joined):
+            _refuse(family, limit)
+
+
+def _refuse(family: Family, limit: int | None) -> None:
+    """Raises: NonFiniteError"""
+    member = next((module for module in family.members if _nonfinite(module)), family.inner)
+    held = " and ".join(f"{member.target}.{name}" for name in _nonfinite(member))
+    where = f"{held} holds NaN or infinity" if held else f"{member.target} shares its parameter with a damaged slot"
+    advice = "leave the module out (adaptertools convert --exclude)"
+    if limit is None or limit >= member.nominal_rank:
+        advice += ", or have it kept as it is (allow_nonfinite=True, --allow-nonfinite)"
+    else:
+        advice += f", or allow for its rank {member.nominal_rank}"
+        where += f", so that it has no nearest delta weight of rank {limit}"
+    raise NonFiniteError(f"{where}. The adapter is damaged or its training diverged: {advice}")
+
+
 def _check(adapter: Adapter) -> None:
     if not adapter.modules:
         raise UnsupportedFeatureError("the adapter holds whole weights alone: there is no rank to lower")
     if changed := adapter.holders(Feature.CHANGED_BASE):
         raise UnsupportedFeatureError(
-            f"truncating is refused for {changed[0]}: its factors belong to a base that is derived again from them at "
-            "loading, and another rank would give another base. If it is used on the changed weights themselves, "
-            "convert it with --drop changed-base first"
+            f"truncating is refused: the adapter was trained with {changed[0]}, so that its factors belong to base "
+            "weights that are derived again at loading, and another rank would give others. If it is used on the "
+            "changed weights themselves, --drop changed-base says so"
         )

@@ -8,6 +8,8 @@ from adaptertools.errors import OptionError
 from adaptertools.operations.ranks import Ladder, at_most, within_bytes, within_energy, within_error
 from adaptertools.operations.sizes import parse_size
 
+_CAP = "max_rank (--max-rank)"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankRule:
@@ -22,12 +24,11 @@ class RankRule:
         """Raises: OptionError unless exactly one option is given, and makes sense"""
         stated = {name: value for name, value in given.items() if value is not None}
         if len(stated) != 1:
-            found = " and ".join(stated) or (
-                "max_rank, which only caps another one" if max_rank is not None else "none"
-            )
-            raise OptionError(f"expected one of rank, energy, error and size; found {found}")
+            found = " and ".join(stated) or ("none" if max_rank is None else f"{_CAP}, which only caps another one")
+            advice = f". {_CAP} is what caps the rank that another one gives" if "rank" in stated else ""
+            raise OptionError(f"expected one of rank, energy, error and size; found {found}{advice}")
         ((name, value),) = stated.items()
-        for key, count in (("rank", value if name == "rank" else None), ("max_rank", max_rank)):
+        for key, count in (("rank", value if name == "rank" else None), (_CAP, max_rank)):
             if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
                 raise OptionError(f"{key} is {count!r:.40}, expected a whole number of at least 1")
         if name in ("energy", "error") and not _is_share(value, closed=name == "energy"):
@@ -38,7 +39,13 @@ class RankRule:
         return cls(name=name, value=value, max_rank=max_rank)
 
     def __str__(self) -> str:
-        return f"{self.name} {self.value}" + (f", max_rank {self.max_rank}" if self.max_rank is not None else "")
+        return f"{self.name} {self.value}" + (f", at most rank {self.max_rank}" if self.max_rank is not None else "")
+
+    @property
+    def limit(self) -> int | None:
+        """The rank that no module may exceed, where there is one."""
+        limits = [rank for rank in (self.max_rank, self.value if self.name == "rank" else None) if rank is not None]
+        return min(limits, default=None)
 
     def ranks(self, ladders: Sequence[Ladder]) -> list[int]:
         """The rank of every ladder; for a size that of so many bytes of factors."""

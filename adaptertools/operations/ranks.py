@@ -112,10 +112,14 @@ def within_error(ladders: Sequence[Ladder], error: float, most: int | None = Non
 def within_bytes(ladders: Sequence[Ladder], budget: int, most: int | None = None) -> list[int]:
     """The ranks that keep most energy in at most `budget` bytes; rank 1 everywhere even if that is more.
 
-    The steps that keep most per byte come first. Where the next one does not fit, those of other ladders still come,
-    as long as they do: the result is the best up to one step.
+    Where all fits, all stays as it is. Else no step is taken that changes nothing, and those that keep most per byte
+    come first. Where the next one does not fit, those of other ladders still come, as long as they do: the result is
+    the best up to one step.
     """
     limits = [ladder.limited(most) for ladder in ladders]
+    if nbytes(ladders, limits) <= budget:
+        return limits
+    limits = [min(limit, ladder.useful) for ladder, limit in zip(ladders, limits, strict=True)]
     energies = _energies(ladders)
     ranks = [1] * len(ladders)
     spent = nbytes(ladders, ranks)
@@ -130,9 +134,7 @@ def within_bytes(ladders: Sequence[Ladder], budget: int, most: int | None = None
         ranks[index] += 1
         if ranks[index] < limits[index]:
             heapq.heappush(waiting, (-_score(energies, ladders, index, ranks[index]), index))
-    return [
-        rank if rank == len(ladder) else min(rank, ladder.useful) for ladder, rank in zip(ladders, ranks, strict=True)
-    ]
+    return ranks
 
 
 def _keeping(ladder: Ladder, share: float) -> int:

@@ -74,8 +74,8 @@ def _check(adapter: Adapter, alpha: float, keep: str) -> None:
     changed = adapter.holders(Feature.CHANGED_BASE)
     if changed and keep != "delta":
         raise UnsupportedFeatureError(
-            f"keep={keep} is refused for {changed[0]}: its factors belong to a base that is derived again from them at "
-            "loading, and would come out otherwise. keep=delta is safe"
+            f"keep={keep} is refused: the adapter was trained with {changed[0]}, so that its factors belong to base "
+            "weights that are derived again at loading, and would come out otherwise. keep=delta is safe"
         )
     if keep == "weights" and (holders := adapter.holders(Feature.DORA)):
         raise UnsupportedFeatureError(

@@ -5,10 +5,9 @@ import re
 from decimal import Decimal, InvalidOperation
 
 import torch
-from torch import Tensor
 
 from adaptertools.adapter import Adapter
-from adaptertools.containers.room import room_for_document, room_for_tensors
+from adaptertools.containers import safetensors
 from adaptertools.errors import OptionError
 
 _UNITS = {
@@ -18,31 +17,36 @@ _UNITS = {
     **{f"{prefix}ib": 1024**power for power, prefix in enumerate("kmgt", 1)},
 }
 
+_LONGER_NAME = "-" * 60
+"""How much longer the name of a tensor may be in a file than in a message."""
+
 _ROOM_PER_MODULE = 200
 """Beside two mentions of its name: rank, alpha and quotation marks in a configuration."""
 
+_ROOM = 1500
+"""The rest of a configuration, and what writing adds to the history."""
+
 
 def stored_bytes(adapter: Adapter, dtype: torch.dtype | None = None) -> int:
-    """At most how many bytes a folder takes that stores every tensor once, with names and configuration beside them.
+    """At most how many bytes a PEFT folder with a safetensors file takes, configuration and history included.
 
-    `dtype` is what floating-point tensors are cast to. Formats that fold scalings, or that put several modules into one
-    pair of tensors, may need more.
+    `dtype` is what floating-point tensors are cast to. Other formats may need more: those that fold scalings into half
+    precision, or that put several modules into one pair of tensors. `adaptertools.stored_size` knows each to the byte.
     """
-    named = adapter.named_tensors
-    once = {(t.data_ptr(), tuple(t.shape), t.stride()): t for t in named.values()}
+    cast = {
+        name + _LONGER_NAME: torch.empty_like(
+            tensor, device="meta", dtype=dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        )
+        for name, tensor in adapter.named_tensors.items()
+    }
     names = [str(module.target) for module in adapter.modules]
     said = {"history": [entry.to_json() for entry in adapter.history], "metadata": dict(adapter.metadata)}
     return (
-        sum(tensor_bytes(tensor, dtype) for tensor in once.values())
-        + room_for_tensors("safetensors", named)
+        safetensors.size(cast, {})
         + sum(2 * len(name.encode()) + _ROOM_PER_MODULE for name in names)
-        + room_for_document(json.dumps(said, default=str), 2)
+        + 2 * len(json.dumps(said, default=str).encode())  # quotation marks in quotation marks
+        + _ROOM
     )
-
-
-def tensor_bytes(tensor: Tensor, dtype: torch.dtype | None) -> int:
-    """The bytes of a tensor once it is cast."""
-    return tensor.numel() * (dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype).itemsize
 
 
 def parse_size(size: int | str, whole: int) -> int:

@@ -2,14 +2,15 @@
 
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 
-from adaptertools.adapter import Adapter, HistoryEntry, merge_notes
+from adaptertools.adapter import Adapter, HistoryEntry, LoraModule, expect_adapter, merge_notes
 from adaptertools.errors import OptionError
 from adaptertools.linalg import parse_device
 from adaptertools.operations.agree import Agreement, Source, agree
@@ -19,9 +20,11 @@ from adaptertools.operations.core_space import DEFAULT_DENSITY
 from adaptertools.operations.core_space import Method as ConsensusMethod
 from adaptertools.operations.rank_rule import RankRule
 from adaptertools.operations.sizes import stored_bytes
+from adaptertools.operations.stacked import Stacked, StackedModule
 from adaptertools.operations.truncate import Measure, truncate
-from adaptertools.operations.truncation import Truncation
-from adaptertools.tensors import parse_dtype
+from adaptertools.tensors import dtype_name, parse_dtype
+
+__all__ = ["METHODS", "Method", "Stacked", "StackedModule", "stack"]
 
 Method = Literal["sum"] | ConsensusMethod
 
@@ -29,66 +32,8 @@ METHODS: tuple[str, ...] = ("sum", *get_args(ConsensusMethod))
 
 _SEEDED = ("dare-linear", "dare-ties")
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StackedModule:
-    """One module of the stack. `ranks` has an entry for every source, 0 where it does not change the weight.
-
-    `relative_error` is the largest of any element that was folded or added up, against the magnitudes that went into
-    it; `rounding_error` that of factors made anew, ‖ΔW' − ΔW‖ / ‖ΔW‖. Both come before a truncation.
-
-    Units: ranks are nominal, as alpha is divided by them
-    """
-
-    target: str
-    ranks: tuple[int, ...]
-    rank: int
-    relative_error: float
-    rounding_error: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Stacked:
-    """The stack, and how near it is to what was meant: the largest errors of its modules, which `rows` has one by one.
-
-    `settings` are the method and what it was given, with the name and weight of every source. `left_out` are the whole
-    weights that were not taken, `truncation` what lowering the rank did to the stack.
-    """
-
-    adapter: Adapter
-    settings: Mapping[str, Any]
-    rows: tuple[StackedModule, ...]
-    left_out: tuple[str, ...] = ()
-    truncation: Truncation | None = None
-
-    @property
-    def max_relative_error(self) -> float:
-        return max((row.relative_error for row in self.rows), default=0.0)
-
-    @property
-    def rounding_error(self) -> float:
-        return max((row.rounding_error for row in self.rows), default=0.0)
-
-    @property
-    def exact(self) -> bool:
-        """Whether not one bit was lost in combining the sources; a truncation comes after that."""
-        return self.max_relative_error == 0.0 and self.rounding_error == 0.0
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        return self.adapter.notes
-
-    def to_json(self) -> dict[str, Any]:
-        """The settings and the figures, without the adapter."""
-        return {
-            **self.settings,
-            "exact": self.exact,
-            "max_relative_error": self.max_relative_error,
-            "rounding_error": self.rounding_error,
-            "left_out": list(self.left_out),
-            "modules": [asdict(row) for row in self.rows],
-            "truncation": None if self.truncation is None else self.truncation.to_json(),
-        }
+_CANCELLATION = 100.0
+"""How many times the error of elements that of a delta weight is where a note says that terms nearly cancel."""
 
 
 def stack(
@@ -126,7 +71,11 @@ def stack(
     first five is given; `size` may be a share of the stack. `weights` are 1 unless given; a source of weight 0
     contributes nothing. Whole weights that differ are refused unless `full_weights` says whose to take, base models
     that differ unless `force`. `dtype` is that of all factors. The history has one entry, which holds that of every
-    source; with a rank option that of `truncate` follows.
+    source; with a rank option that of `truncate` follows, and all factors are in the dtype of the sources, where that
+    is one and `dtype` names no other.
+
+    How far the sum is from the one that was meant is measured wherever factors were rounded, relative to its norm:
+    exactly up to rank 128, beyond by an estimate from random directions, see `sum_error`.
 
     Shapes: lora_A (…, rᵢ, in) -> (…, Σrᵢ, in); lora_B (…, out, rᵢ) -> (…, out, Σrᵢ)
     Memory: the new factors; never a delta weight
@@ -144,37 +93,66 @@ def stack(
     agreed = agree(sources, full_weights=full_weights, force=force)
     combined = combine([source for source in sources if source.weight], rule, on_progress)
     settings = {**rule.settings, "full_weights": full_weights, "force": force or None}
-    stacked = _stacked(sources, agreed, combined, {key: value for key, value in settings.items() if value is not None})
+    given = {key: value for key, value in settings.items() if value is not None}
+    stacked = _stacked(sources, agreed, combined, given, cast=rule.dtype is not None)
     if not lowered:
         return stacked
+    own = wanted or _dtype_of_sources(combined)
     done = truncate(
         replace(stacked.adapter, origin=None),  # not of one source, so that the history names none
         **limits,
         device=device,
-        dtype=wanted,
+        dtype=own,
+        allow_nonfinite=allow_nonfinite,
         measure=measure,
         on_progress=on_progress,
     )
-    adapter = replace(done.adapter if wanted is None else _cast(done.adapter, wanted), origin=stacked.adapter.origin)
-    return replace(stacked, adapter=adapter, truncation=replace(done, adapter=adapter))
+    adapter = done.adapter if own is None else _cast(done.adapter, own, biases=wanted is not None)
+    adapter = replace(adapter, origin=stacked.adapter.origin)
+    promoted = {} if wanted else _promoted(adapter, combined)
+    return replace(stacked, adapter=adapter, promoted=promoted, truncation=replace(done, adapter=adapter))
 
 
-def _cast(adapter: Adapter, dtype: torch.dtype) -> Adapter:
+def _dtype_of_sources(combined: Sequence[Combined]) -> torch.dtype | None:
+    """The widest dtype of the factors in the sources; None where modules differ in that."""
+    widest = set()
+    for one in combined:
+        dtypes = [dtype for name in ("lora_A", "lora_B") for dtype in one.dtypes[name]]
+        widest.add(reduce(torch.promote_types, (torch.float32 if d.itemsize == 1 else d for d in dtypes)))
+    return widest.pop() if len(widest) == 1 else None
+
+
+def _cast(adapter: Adapter, dtype: torch.dtype, *, biases: bool) -> Adapter:
     """The modules that truncation left as they were in the dtype too, in which it counted their rounding."""
-    return adapter.map_modules(
-        lambda module: replace(
-            module,
-            lora_A=module.lora_A.to(dtype),
-            lora_B=module.lora_B.to(dtype),
-            lora_bias=None if module.lora_bias is None else module.lora_bias.to(dtype),
-        )
-    )
+
+    def cast(module: LoraModule) -> LoraModule:
+        bias = module.lora_bias.to(dtype) if biases and module.lora_bias is not None else module.lora_bias
+        return replace(module, lora_A=module.lora_A.to(dtype), lora_B=module.lora_B.to(dtype), lora_bias=bias)
+
+    return adapter.map_modules(cast)
+
+
+def _promoted(adapter: Adapter, combined: Sequence[Combined]) -> dict[str, str]:
+    """The tensors of modules whose dtype is that of no source, with that dtype."""
+    before = {one.module.target: one.dtypes for one in combined}
+    return {
+        f"{module.target}.{name}": dtype_name(tensor.dtype)
+        for module in adapter.modules
+        for name, tensor in module.tensors.items()
+        if tensor.dtype not in before[module.target][name]
+    }
 
 
 def _sources(adapters: Sequence[Adapter], weights: Sequence[float] | None) -> list[Source]:
     """Raises: OptionError"""
+    if isinstance(adapters, str) or not isinstance(adapters, Sequence):
+        raise OptionError(f"adapters is of type {type(adapters).__name__}, expected a list of adapters")
     if not adapters:
         raise OptionError("there is no adapter to stack")
+    for adapter in adapters:
+        expect_adapter(adapter)
+    if weights is not None and (isinstance(weights, str) or not isinstance(weights, Iterable)):
+        raise OptionError(f"weights is {weights!r:.40}, expected a list of numbers, one for each source")
     given = [1.0] * len(adapters) if weights is None else list(weights)
     if len(given) != len(adapters):
         raise OptionError(f"{len(given)} weights for {len(adapters)} sources: give one for each, in their order")
@@ -234,6 +212,8 @@ def _stacked(
     agreed: Agreement,
     combined: Sequence[Combined],
     settings: Mapping[str, Any],
+    *,
+    cast: bool,
 ) -> Stacked:
     first = sources[0].adapter
     carried = [f"{source}: {note}" for source in sources for note in source.adapter.notes]
@@ -242,8 +222,9 @@ def _stacked(
             target=str(one.module.target),
             ranks=tuple(one.ranks.get(source.number, 0) for source in sources),
             rank=one.module.nominal_rank,
-            relative_error=one.error,
-            rounding_error=one.rounding,
+            delta_error=one.error.delta,
+            element_error=one.error.element,
+            estimated=one.error.estimated,
         )
         for one in combined
     )
@@ -257,14 +238,13 @@ def _stacked(
         notes=merge_notes(carried, agreed.notes, _notes(sources, combined)),
         origin=first.origin,
     )
+    promoted = {} if cast else _promoted(adapter, combined)
     said = {**settings, "sources": [{"source": source.name, "weight": source.weight} for source in sources]}
-    stacked = Stacked(adapter=adapter, settings=said, rows=rows, left_out=agreed.left_out)
+    stacked = Stacked(adapter=adapter, settings=said, rows=rows, left_out=agreed.left_out, promoted=promoted)
     details = {
         **settings,
         "sources": [_recorded(source) for source in sources],
-        "exact": stacked.exact,
-        "max_relative_error": stacked.max_relative_error,
-        **({"rounding_error": stacked.rounding_error} if stacked.rounding_error else {}),
+        **stacked.figures,
         **({"left_out": list(agreed.left_out)} if agreed.left_out else {}),
     }
     return replace(stacked, adapter=adapter.then(HistoryEntry(operation="stack", details=details)))
@@ -278,8 +258,18 @@ def _recorded(source: Source) -> dict[str, Any]:
 
 def _notes(sources: Sequence[Source], combined: Sequence[Combined]) -> list[str]:
     notes = [f"{source} has weight 0 and contributes nothing" for source in sources if not source.weight]
-    remade = [one for one in combined if one.capped_from]
-    if remade:
+    if gone := [str(one.module.target) for one in combined if one.cancelled]:
+        some = f"{len(gone)} of {len(combined)} modules, such as {gone[0]}"
+        where = some if len(gone) < len(combined) else "all modules"
+        notes.append(f"the sources cancel one another in {where}: the delta weight is zero there")
+    summed = [one for one in combined if one.error.element and not one.capped_from]
+    if small := [one for one in summed if one.error.delta > _CANCELLATION * one.error.element]:
+        most = max(small, key=lambda one: one.error.delta)
+        notes.append(
+            f"the sources nearly cancel one another in {len(small)} modules: beside what is left, the rounding of the "
+            f"factors is large, in {most.module.target} {most.error.delta:.2g} of its norm"
+        )
+    if remade := [one for one in combined if one.capped_from]:
         notes.append(
             f"{len(remade)} modules have the full rank of their weight, as the ranks of the sources add up to more: "
             f"{remade[0].module.target} {remade[0].module.nominal_rank} instead of {remade[0].capped_from}"

@@ -179,7 +179,10 @@ def _identity(tensor: Tensor) -> tuple[object, ...]:
 def _base(adapter: Adapter, component: str) -> str:
     base = adapter.bases[component]
     name = f"{base.id or ''}{f'@{base.revision}' if base.revision else ''}"
-    return f"{name or 'unnamed'} (changed by {base.change})" if base.change else name
+    said = [f"changed by {base.change}"] if base.change else []
+    if base.layer_replication:
+        said.append(f"built of layers {[list(layers) for layers in base.layer_replication]}")
+    return f"{name or 'unnamed'} ({', '.join(said)})" if said else name
 
 
 def _count(values: Iterable[Any]) -> dict[Any, int]:

@@ -5,11 +5,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from adaptertools.adapter import Adapter, Feature, HistoryEntry, merge_notes
 from adaptertools.operations.families import Spectra
 from adaptertools.operations.rank_rule import RankRule
-from adaptertools.operations.ranks import energy_kept
+from adaptertools.operations.ranks import energy_kept, kept_and_lost
 from adaptertools.tensors import dtype_name
+
+_ANY_ROUNDING = 1e-9 / 3
+"""A rounding error that takes as much room in the history as any."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,13 +36,13 @@ class ModuleTruncation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outlook:
-    """What a choice of ranks would give. `nbytes` is that of files, names and configuration included, at most."""
+    """What a choice of ranks would give. `nbytes_on_disk` is that of all files, by `measure`, at most."""
 
     choice: str
     ranks: tuple[int, ...]
     energy: float
     relative_error: float
-    nbytes: int
+    nbytes_on_disk: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -46,7 +51,7 @@ class Truncation:
 
     `energy` is the share of ‖ΔW‖² that was kept. `relative_error` is ‖ΔW' − ΔW‖ / ‖ΔW‖ before anything is rounded,
     `rounding_error` what storing the new factors in their dtype adds to it, at most. Both are exact, and leave out
-    DoRA's magnitudes. `nbytes` is what `measure` says that the adapter takes.
+    DoRA's magnitudes. `nbytes_on_disk` is what `measure` says that the adapter's files take.
     """
 
     adapter: Adapter
@@ -55,8 +60,13 @@ class Truncation:
     energy: float
     relative_error: float
     rounding_error: float
-    nbytes: int
+    nbytes_on_disk: int
     notes: tuple[str, ...] = ()
+
+    @property
+    def exact(self) -> bool:
+        """Whether no module was truncated, and none will be rounded."""
+        return self.rounding_error == 0 and all(row.rank_after == row.rank_before for row in self.rows)
 
     @property
     def outlook(self) -> Outlook:
@@ -66,14 +76,14 @@ class Truncation:
             ranks=tuple(row.rank_after for row in self.rows),
             energy=self.energy,
             relative_error=self.relative_error,
-            nbytes=self.nbytes,
+            nbytes_on_disk=self.nbytes_on_disk,
         )
 
     def to_json(self) -> dict[str, Any]:
         """The figures, without the adapter."""
         return {
             "choice": self.choice,
-            "nbytes": self.nbytes,
+            "exact": self.exact,
             "energy": self.energy,
             "relative_error": self.relative_error,
             "rounding_error": self.rounding_error,
@@ -90,13 +100,9 @@ def recorded(spectra: Spectra, ranks: Sequence[int], result: Truncation, rule: R
 
 
 def with_entry(
-    adapter: Adapter,
-    rule: RankRule,
-    energy: float = 1 / 3,
-    relative_error: float = 1 / 3,
-    rounding_error: float = 1 / 3,
+    adapter: Adapter, rule: RankRule, energy: float, relative_error: float, rounding_error: float
 ) -> Adapter:
-    """The adapter with this truncation in its history; without figures, with some that take as much room as any."""
+    """The adapter with this truncation in its history."""
     details = {
         "choice": str(rule),
         "energy": energy,
@@ -107,16 +113,34 @@ def with_entry(
     return adapter.then(HistoryEntry(operation="truncate", source=source, details=details))
 
 
+def sketched(spectra: Spectra, ranks: Sequence[int], rule: RankRule) -> Adapter:
+    """An adapter that takes as much room as the one at these ranks of the groups: with parts of the old factors.
+
+    Memory: none; the parts are views
+    """
+    modules, untouched = list(spectra.adapter.modules), True
+    for family, ladder, rank in zip(spectra.families, spectra.steps, spectra.of_families(ranks), strict=True):
+        if rank == len(ladder):
+            continue
+        inner, untouched = rank * family.joined.kernel_fold, False
+        parts = family.joined.lora_A[..., :inner, :], family.joined.lora_B[..., :inner]
+        for place, module in zip(family.places, family.with_factors(*parts, rank), strict=True):
+            modules[place] = module
+    rounding = 0.0 if untouched and spectra.dtype is None else _ANY_ROUNDING
+    adapter = replace(spectra.adapter, modules=tuple(modules))
+    return with_entry(adapter, rule, *kept_and_lost(spectra.ladders, ranks), rounding)
+
+
 def _notes(spectra: Spectra, ranks: Sequence[int], result: Truncation, rule: RankRule) -> Iterator[str]:
     error, rounding = result.relative_error, result.rounding_error
     if rule.name == "error" and error > rule.value:
         yield (
-            f"max_rank {rule.max_rank} keeps the relative error at {error:.4g}, above the {rule.value:g} that was "
+            f"at most rank {rule.max_rank} keeps the relative error at {error:.4g}, above the {rule.value:g} that was "
             "asked for"
         )
     elif rule.name == "error" and error + rounding > rule.value:
         yield (
-            f"the relative error is {error:.4g}, with the rounding to {_dtypes(result.adapter)} at most "
+            f"the relative error is {error:.4g}, with the rounding to {_dtypes(result.adapter, spectra.dtype)} at most "
             f"{error + rounding:.4g}, above the {rule.value:g} that was asked for"
         )
     if rule.name == "energy":
@@ -125,10 +149,15 @@ def _notes(spectra: Spectra, ranks: Sequence[int], result: Truncation, rule: Ran
         if below:
             least = min(below, key=lambda index: kept[index])
             yield (
-                f"max_rank {rule.max_rank} keeps less than the energy {rule.value:g} that was asked for in "
+                f"at most rank {rule.max_rank} keeps less than the energy {rule.value:g} that was asked for in "
                 f"{len(below)} of {len(kept)} places, least in {spectra.families[spectra.groups[least][0]].name}: "
                 f"{kept[least]:.4g}"
             )
+    if spectra.carried:
+        yield (
+            f"NaN or infinity in {spectra.carried[0].target}: {len(spectra.carried)} modules are kept bit for bit, and "
+            "energies and errors leave them out"
+        )
     if dora := result.adapter.holders(Feature.DORA):
         yield (
             f"DoRA in {len(dora)} modules: the direction was truncated and the magnitude kept; energies and errors are "
@@ -136,5 +165,8 @@ def _notes(spectra: Spectra, ranks: Sequence[int], result: Truncation, rule: Ran
         )
 
 
-def _dtypes(adapter: Adapter) -> str:
+def _dtypes(adapter: Adapter, cast: torch.dtype | None) -> str:
+    """Those that factors are stored in."""
+    if cast is not None:
+        return dtype_name(cast)
     return " and ".join(sorted({dtype_name(factor.dtype) for m in adapter.modules for factor in (m.lora_A, m.lora_B)}))

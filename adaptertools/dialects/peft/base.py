@@ -1,12 +1,16 @@
 """What a base model's headers settle for PEFT adapters: shapes, orientation, and how its experts are stored."""
 
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from adaptertools.module import LoraModule
 
 CONV1D_TYPES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
 """Models of transformers whose projections are `Conv1D`, with weights stored (in, out)."""
+
+_LAYER = re.compile(r"((?:^|.*?\.)(?:layers|layer|h)\.)(\d+)(?=\.)")
+"""What PEFT replicates: the first list of layers in a name, as llama, bert and falcon call it."""
 
 _CONV1D_NAMES = ("c_attn", "c_proj", "c_fc", "q_attn")
 
@@ -25,9 +29,13 @@ class Checkpoint(Protocol):
 
 
 class BaseModel:
-    """A base model's headers, or nothing where none were given: then every question is answered with None."""
+    """A base model's headers, or nothing where none were given: then every question is answered with None.
 
-    def __init__(self, checkpoint: Checkpoint | None) -> None:
+    `layer_replication` says of which of its layers the model is built that the questions are about.
+    """
+
+    def __init__(self, checkpoint: Checkpoint | None, layer_replication: Sequence[tuple[int, int]] = ()) -> None:
+        self._layer_replication = layer_replication
         self._shapes = checkpoint.shapes if checkpoint is not None else {}
         config = checkpoint.config if checkpoint is not None else {}
         text = config.get("text_config")
@@ -40,6 +48,10 @@ class BaseModel:
 
     def shape(self, parameter: str) -> tuple[int, ...] | None:
         """The shape of a parameter, its `.weight` left out; under another prefix too where only one fits."""
+        published = self._published(parameter)
+        if published is None:
+            return None
+        parameter = published
         for name in (f"{parameter}.weight", parameter):
             if name in self._shapes:
                 return tuple(self._shapes[name])
@@ -47,6 +59,18 @@ class BaseModel:
             found = [other for other in alike if other.endswith(f".{name}") or name.endswith(f".{other}")]
             if len(found) == 1:
                 return tuple(self._shapes[found[0]])
+        return None
+
+    def _published(self, parameter: str) -> str | None:
+        """The name of a parameter in the model as published; None where layer replication has no such layer."""
+        found = _LAYER.match(parameter) if self._layer_replication else None
+        if found is None:
+            return parameter
+        layer = int(found[2])
+        for first, end in self._layer_replication:
+            if layer < end - first:
+                return f"{found[1]}{first + layer}{parameter[found.end() :]}"
+            layer -= end - first
         return None
 
     def notes(self, modules: Iterable[LoraModule]) -> Iterator[str]:

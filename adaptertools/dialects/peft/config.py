@@ -76,7 +76,6 @@ CARRIED = (
     "ensure_weight_tying",
     "fan_in_fan_out",
     "init_lora_weights",
-    "layer_replication",
     "loftq_config",
     "lora_dropout",
     "lora_ga_config",
@@ -286,18 +285,33 @@ def _number(value: Any, where: str) -> float:
 
 def _base(raw: Mapping[str, Any], label: str, notes: list[str]) -> Base:
     """The base model, and what initialisation and layer replication did to it."""
-    changes = []
+    change = None
     init = str(raw.get("init_lora_weights", True)).lower()
     if init.startswith(_CHANGES_BASE):
-        changes.append(str(raw["init_lora_weights"]))
+        change = str(raw["init_lora_weights"])
     elif init not in (*_KEEPS_BASE, "none"):
-        changes.append(init)
+        change = init
         notes.append(f"{label}: init_lora_weights is {init!r}, not known; it is taken to have changed the base weights")
-    if raw.get("layer_replication"):
-        changes.append("layer_replication")
     name, revision = raw.get("base_model_name_or_path"), raw.get("revision")
     return Base(
         id=str(name) if name else None,
         revision=str(revision) if revision else None,
-        change="+".join(changes) or None,
+        change=change,
+        layer_replication=_layer_replication(raw.get("layer_replication"), label),
     )
+
+
+def _layer_replication(ranges: Any, label: str) -> tuple[tuple[int, int], ...]:
+    """Raises: ConfigError"""
+
+    def sound(pair: Any) -> bool:
+        pair = pair if isinstance(pair, list | tuple) else ()
+        return len(pair) == 2 and all(type(layer) is int for layer in pair) and 0 <= pair[0] < pair[1]
+
+    if not ranges:
+        return ()
+    if not isinstance(ranges, list | tuple) or not all(map(sound, ranges)):
+        raise ConfigError(
+            f"{label}: layer_replication is {ranges!r:.80}, expected pairs of a first layer and the one after the last"
+        )
+    return tuple((first, end) for first, end in ranges)

@@ -142,6 +142,7 @@ def build_config(
     if base is not None:
         config |= {"base_model_name_or_path": base.id, "revision": base.revision}
         config |= _change(base.change, carried)
+        config["layer_replication"] = [list(layers) for layers in base.layer_replication] or None
     layers = [place.layer for place in layout.places]
     config["use_dora"] = any("magnitude" in layer.extra for layer in layers)
     config["lora_bias"] = any("lora_bias" in layer.extra for layer in layers)
@@ -191,24 +192,20 @@ def _plain(alpha: float) -> int | float:
 
 
 def _change(change: str | None, carried: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that say what was done to the base model before training."""
-    config: dict[str, Any] = {}
-    for part in change.split("+") if change else ():
-        if part == "layer_replication" and carried.get(part):
-            config[part] = carried[part]
-        elif part.lower().startswith(_INITS):
-            config["init_lora_weights"] = part
-            config |= {key: carried[key] for key in _INIT_CONFIGS if key in carried}
-            if part == "loftq" and not config.get("loftq_config"):
-                raise UnsupportedFeatureError(
-                    "the base model was changed by loftq, and PEFT loads no such adapter without a loftq_config, which "
-                    "is not known. To use it on the changed weights themselves: --drop changed-base"
-                )
-        else:
-            raise UnsupportedFeatureError(
-                f"the base model was changed by {part!r}, which PEFT cannot be told. "
-                "To use the adapter on the changed weights themselves, give that up: --drop changed-base"
-            )
+    """The fields that say what was done to the base weights before training."""
+    if change is None:
+        return {}
+    if not change.lower().startswith(_INITS):
+        raise UnsupportedFeatureError(
+            f"the base weights were changed by {change!r}, which PEFT cannot be told. "
+            "To use the adapter on the changed weights themselves, give that up: --drop changed-base"
+        )
+    config = {"init_lora_weights": change, **{key: carried[key] for key in _INIT_CONFIGS if key in carried}}
+    if change == "loftq" and not config.get("loftq_config"):
+        raise UnsupportedFeatureError(
+            "the base weights were changed by loftq, and PEFT loads no such adapter without a loftq_config, which is "
+            "not known. To use it on the changed weights themselves: --drop changed-base"
+        )
     return config
 
 
