@@ -10,6 +10,11 @@ if TYPE_CHECKING:
     from adaptertools.adapter import Adapter, Base, Feature, FullWeight, Kind, LoraModule, RowSlice, ScaleRule, Target
     from adaptertools.api import WriteReport, convert, from_state_dict, read, stored_size, to_state_dict, write
     from adaptertools.errors import AdapterToolsError
+    from adaptertools.merging.memory import Merged, merge_into
+    from adaptertools.merging.plan import MergePlan, plan_merge
+    from adaptertools.merging.record import MergeReport
+    from adaptertools.merging.run import run_merge
+    from adaptertools.merging.verify import Verification, verify_merge
     from adaptertools.operations.diff import diff
     from adaptertools.operations.difference import Difference
     from adaptertools.operations.estimate import Estimate, estimate
@@ -30,25 +35,33 @@ _HOMES = {
     "FullWeight": "adapter",
     "Kind": "adapter",
     "LoraModule": "adapter",
+    "MergePlan": "merging.plan",
+    "MergeReport": "merging.record",
+    "Merged": "merging.memory",
     "Outlook": "operations.truncate",
     "RowSlice": "adapter",
     "ScaleRule": "adapter",
     "Stacked": "operations.stack",
     "Target": "adapter",
     "Truncation": "operations.truncate",
+    "Verification": "merging.verify",
     "WriteReport": "api",
     "convert": "api",
     "diff": "operations.diff",
     "estimate": "operations.estimate",
     "from_state_dict": "api",
+    "merge_into": "merging.memory",
+    "plan_merge": "merging.plan",
     "read": "api",
     "rescale": "operations.rescale",
+    "run_merge": "merging.run",
     "stack": "operations.stack",
     "stored_size": "api",
     "summarize": "operations.summary",
     "to_state_dict": "api",
     "truncate": "operations.truncate",
     "truncation_table": "operations.truncate",
+    "verify_merge": "merging.verify",
     "write": "api",
 }
 
@@ -62,25 +75,33 @@ __all__ = [
     "FullWeight",
     "Kind",
     "LoraModule",
+    "MergePlan",
+    "MergeReport",
+    "Merged",
     "Outlook",
     "RowSlice",
     "ScaleRule",
     "Stacked",
     "Target",
     "Truncation",
+    "Verification",
     "WriteReport",
     "convert",
     "diff",
     "estimate",
     "from_state_dict",
+    "merge_into",
+    "plan_merge",
     "read",
     "rescale",
+    "run_merge",
     "stack",
     "stored_size",
     "summarize",
     "to_state_dict",
     "truncate",
     "truncation_table",
+    "verify_merge",
     "write",
 ]
 

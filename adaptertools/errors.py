@@ -19,11 +19,13 @@ AdapterToolsError
 │   ├── NonFiniteError                  NaN or inf
 │   ├── DuplicateTargetError            two modules that change the same weight
 │   └── UnclaimedTensorError            a tensor that belongs to nothing known
+├── MatchError(ValueError)              a module that fits no tensor of the base model, or several
 ├── UnsupportedFeatureError(ValueError) the format cannot carry it, or the operation cannot do it
 ├── OptionError(ValueError)             an argument that makes no sense here
 ├── MissingExtraError(ImportError)      an optional package is not installed
 ├── DestinationError(OSError)           the result cannot be put there
-│   └── DestinationExistsError(FileExistsError)
+│   ├── DestinationExistsError(FileExistsError)
+│   └── StoppedMergeError               it stopped half-way, and the same call resumes it
 └── SourceNotFoundError(FileNotFoundError)
 
 A message says where (file, key), what was found, what was expected, and what to do.
@@ -106,6 +108,10 @@ class UnclaimedTensorError(AdapterError):
     """A tensor that belongs to no module and to nothing else that is known."""
 
 
+class MatchError(AdapterToolsError, ValueError):
+    """A module or a whole weight that fits no tensor of the base model, or several."""
+
+
 class UnsupportedFeatureError(AdapterToolsError, ValueError):
     """A format cannot carry, or an operation cannot handle, what the adapter holds."""
 
@@ -124,6 +130,10 @@ class DestinationError(AdapterToolsError, OSError):
 
 class DestinationExistsError(DestinationError, FileExistsError):
     """The destination exists and may not be replaced."""
+
+
+class StoppedMergeError(DestinationError):
+    """A merge that stopped half-way: what is finished was kept, and the same call resumes it."""
 
 
 class SourceNotFoundError(AdapterToolsError, FileNotFoundError):

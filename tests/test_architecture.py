@@ -18,6 +18,7 @@ LAYERS = (
     {"errors"},
     {"tensors", "names"},
     {"module"},
+    {"convolution"},
     {"adapter"},
     {"encoding"},
     {"containers"},

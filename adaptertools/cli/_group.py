@@ -13,7 +13,7 @@ import click
 
 from adaptertools import __version__
 from adaptertools.cli.options import names_in
-from adaptertools.errors import AdapterToolsError, OptionError
+from adaptertools.errors import AdapterToolsError, OptionError, StoppedMergeError
 
 _JSON = "adaptertools.json"
 """Where the context remembers whether `--json` is among the arguments."""
@@ -32,6 +32,12 @@ class BadOption(Failed):
     """An option whose value makes no sense here."""
 
     exit_code = 2
+
+
+class Stopped(Failed):
+    """Not done, and the same command resumes it."""
+
+    exit_code = 3
 
 
 class Interrupted(Failed):
@@ -96,6 +102,8 @@ def explain(error: BaseException) -> click.ClickException:
             return Interrupted("interrupted")
         case OptionError():
             return BadOption(message)
+        case StoppedMergeError():
+            return Stopped(message)
         case AdapterToolsError() | OSError():
             return Failed(message)
         case MemoryError():

@@ -58,6 +58,22 @@ def type_name(annotation: Any) -> str:
     return "|".join(_choice_name(choice) for choice in _choices(annotation))
 
 
+def parse_weights(text: str | None, count: int) -> list[float] | None:
+    """A weight for each of `count` adapters, from numbers with commas between.
+
+    Raises: OptionError
+    """
+    if text is None:
+        return None
+    try:
+        weights = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise OptionError(f"--weights {text}: expected numbers with commas between, such as 0.7,0.3,-1") from None
+    if len(weights) != count:
+        raise OptionError(f"--weights {text}: {len(weights)} weights for {count} adapters; give one for each, in order")
+    return weights
+
+
 def to_json(document: Mapping[str, Any]) -> str:
     """One JSON object; NaN and infinity, which JSON lacks, become null."""
     return json.dumps(_plain(document), indent=2, ensure_ascii=False)

@@ -56,8 +56,8 @@ class Sources:
     source_formats: Sequence[str]
     source_alphas: Sequence[float]
     slots: str | None
-    base: str | None
     in_options: Sequence[str]
+    base: str | None = None
     allow_nonfinite: bool = False
 
     def read_all(self, srcs: Sequence[str]) -> "list[Adapter]":
@@ -106,12 +106,12 @@ class Writing:
         return {**origin.options, **given, "format": origin.format}
 
 
-def measure(how: Mapping[str, Any]) -> "Measure":
-    """What files take that are written with these arguments of `adaptertools.write`, in any dtype."""
+def measure(how: Mapping[str, Any], dst: str | None = None) -> "Measure":
+    """What files take that are written to `dst` with these arguments of `adaptertools.write`, in any dtype."""
     from adaptertools import api
 
-    options = {name: value for name, value in how.items() if name not in ("overwrite", "dtype")}
-    return lambda adapter, dtype: api.stored_size(adapter, dtype=dtype, **options)
+    options = {name: value for name, value in how.items() if name not in ("overwrite", "dtype", "allow_nonfinite")}
+    return lambda adapter, dtype: api.stored_size(adapter, dtype=dtype, path=dst, **options)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,11 +182,12 @@ def reading_options(*alpha: str) -> Decorator:
     )
 
 
-def sources_options(*, writes: bool = True) -> Decorator:
+def sources_options(*, writes: bool = True, base: bool = True) -> Decorator:
     """The options of every command that reads several adapters, as its argument `sources`.
 
-    One that writes nothing has no NaN to carry along.
+    One that writes nothing has no NaN to carry along; one that takes the base model as an argument has no `--base`.
     """
+    model = [click.option("--base", metavar="BASE", help="Base model, whose headers settle names and shapes.")]
     nonfinite = [click.option("--allow-nonfinite", is_flag=True, help="Carry NaN and infinity along.")]
     return _gathered(
         "sources",
@@ -207,7 +208,7 @@ def sources_options(*, writes: bool = True) -> Decorator:
             help="Alpha of the sources that cannot state it: once for all of these, or once for each in order.",
         ),
         click.option("--slots", metavar="SLOTS", help="Adapted slots of fused projections, where a source has none."),
-        click.option("--base", metavar="BASE", help="Base model, whose headers settle names and shapes."),
+        *(model if base else []),
         *(nonfinite if writes else []),
         click.option(
             "--in",

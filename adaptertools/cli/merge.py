@@ -1,0 +1,187 @@
+"""`adaptertools merge`: a base model and adapters become a merged checkpoint."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from adaptertools.cli.options import Output, Sources, device_option, output_options, sources_options
+
+if TYPE_CHECKING:
+    from adaptertools.merging.kernels import Statistics
+    from adaptertools.merging.outlook import MergeOutlook
+    from adaptertools.merging.plan import MergePlan
+    from adaptertools.merging.record import MergeReport
+
+_SHOWN = 5
+"""Tensors that are listed: those of whose change rounding took the most."""
+
+
+@click.command("merge", short_help="Merge adapters into base weights.")
+@click.argument("model", metavar="BASE")
+@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
+@click.argument("dst")
+@click.option("--weights", metavar="W,W,...", help="A weight for each adapter, such as 1,0.5. [default: all 1]")
+@device_option()
+@click.option("--dtype", type=click.Choice(["f32", "f16", "bf16"]), help="Cast the result. [default: keep]")
+@click.option("--dry-run", is_flag=True, help="Show what would be done; write nothing.")
+@click.option("--allow-unmatched", is_flag=True, help="Leave out modules that match no weight of the base.")
+@click.option("--untie", is_flag=True, help="Give a head that is tied to the embedding weights of its own.")
+@click.option("--full-weights", type=int, metavar="N", help="Adapter, from 1 on, whose heads and whole weights count.")
+@click.option("--overwrite", is_flag=True, help="Replace DST if it is an earlier merge.")
+@click.option("--hash", "hashed", is_flag=True, help="Record the SHA-256 of every file of the base; reads it twice.")
+@click.option("--max-memory", metavar="BYTES", default="2GiB", show_default=True, help="Host memory beside adapters.")
+@click.option("--workers", type=click.IntRange(min=1), metavar="N", help="Threads. [default: one a core, at most 16]")
+@sources_options(writes=False, base=False)
+@output_options()
+def command(
+    model: str,
+    adapters: tuple[str, ...],
+    dst: str,
+    weights: str | None,
+    device: str,
+    dtype: str | None,
+    dry_run: bool,
+    allow_unmatched: bool,
+    untie: bool,
+    full_weights: int | None,
+    overwrite: bool,
+    hashed: bool,
+    max_memory: str,
+    workers: int | None,
+    sources: Sources,
+    output: Output,
+) -> None:
+    """Write the folder DST: the base model BASE with W + w1·ΔW1 + w2·ΔW2 + … of every ADAPTER, rounded once.
+
+    BASE is a folder with safetensors or torch weights. What no adapter changes is copied byte by byte. A merge that was
+    stopped is gone on with by the same command; nothing stands at DST before all is done.
+    """
+    from adaptertools.cli._progress import progress
+    from adaptertools.cli._values import parse_weights
+    from adaptertools.merging.outlook import preview
+    from adaptertools.merging.plan import plan_merge
+    from adaptertools.merging.run import check_destination, run_merge
+    from adaptertools.operations.sizes import parse_size
+    from adaptertools.tensors import parse_dtype
+
+    given = parse_weights(weights, len(adapters))
+    computing: dict[str, Any] = {"device": device, "max_memory": parse_size(max_memory, 0), "workers": workers}
+    plan = plan_merge(
+        model,
+        replace(sources, base=model).read_all(adapters),
+        given,
+        dtype=parse_dtype(dtype) if dtype else None,
+        allow_unmatched=allow_unmatched,
+        untie=untie,
+        full_weights=full_weights,
+        sources=adapters,
+    )
+    if dry_run:
+        check_destination(plan, dst, overwrite=overwrite)
+        outlook = preview(plan, **computing)
+        output.show(lambda: _plan_text(plan, outlook), lambda: {"dry_run": True, **asdict(outlook), **_plan(plan)})
+        return
+    with progress("merge", output) as advance:
+        report = run_merge(plan, dst, overwrite=overwrite, hash=hashed, on_progress=advance, **computing)
+    output.show(lambda: _text(plan, report), lambda: _document(plan, report))
+
+
+def _plan_text(plan: "MergePlan", outlook: "MergeOutlook") -> str:
+    from adaptertools.cli._report import count, field, size
+
+    lines = [
+        f"Would merge {count(len(plan.sources), 'adapter')} into {plan.base.label}; nothing was written",
+        *_source_lines(plan),
+        field("changed", f"{outlook.changed:,} of {count(outlook.tensors, 'tensor')}"),
+        *([field("replaced", count(outlook.replaced, "tensor"))] if outlook.replaced else []),
+        field("read", f"{size(outlook.bytes_read)} from {count(len(plan.base.files), 'file')}"),
+        field("write", f"{size(outlook.bytes_written)} to {count(outlook.files, 'file')}"),
+        field("memory", f"{size(outlook.memory)} for {count(outlook.workers, 'worker')}, beside the adapters"),
+        field("device", outlook.device),
+    ]
+    return "\n".join([*lines, *_remark_lines(plan.left_out, plan.notes)])
+
+
+def _text(plan: "MergePlan", report: "MergeReport") -> str:
+    from adaptertools.cli._report import count, field, relative, size, table
+
+    adapters = count(len(plan.sources), "adapter")
+    tensors = sum(len(shard.tensors) for shard in plan.shards)
+    lines = [
+        f"Merged {adapters} into {plan.base.label}: {report.path}",
+        *_source_lines(plan),
+        field("changed", f"{len(report.tensors):,} of {count(tensors, 'tensor')}, computed on {report.device}"),
+        *([field("replaced", count(len(report.replaced), "tensor"))] if report.replaced else []),
+        field("written", f"{size(report.nbytes)} in {count(len(plan.shards), 'file')}"),
+        *([field("resumed", f"{count(report.resumed, 'file')} finished by a run before")] if report.resumed else []),
+    ]
+    if report.tensors:
+        whole = report.total
+        lines += [
+            field("delta", f"{relative(whole.relative_delta)} of the norm of the weights that it changes"),
+            field("rounding", f"took {relative(whole.relative_error)} of the delta, {_unchanged(whole)} as they were"),
+        ]
+    lines += _remark_lines(report.left_out, report.notes)
+    rows = [(name, *_row(sums)) for name, sums in _worst(report.tensors)]
+    return "\n".join([*lines, "", table([_HEADINGS, *rows])] if rows else lines)
+
+
+_HEADINGS = ("TENSOR", "DELTA", "ROUNDING TOOK", "UNCHANGED")
+
+
+def _worst(tensors: "Mapping[str, Statistics]") -> "Sequence[tuple[str, Statistics]]":
+    """The tensors of whose change rounding took the most."""
+    return sorted(tensors.items(), key=lambda item: -item[1].relative_error)[:_SHOWN]
+
+
+def _row(sums: "Statistics") -> tuple[str, ...]:
+    from adaptertools.cli._report import relative
+
+    return relative(sums.relative_delta), relative(sums.relative_error), f"{sums.share_unchanged:.1%}"
+
+
+def _unchanged(sums: "Statistics") -> str:
+    return f"and left {sums.share_unchanged:.1%} of these weights"
+
+
+def _source_lines(plan: "MergePlan") -> list[str]:
+    from adaptertools.cli._report import field, number
+
+    pairs = zip(plan.weights, plan.sources, strict=True)
+    return [field("adapter", f"{number(weight)} × {source}") for weight, source in pairs]
+
+
+def _remark_lines(left_out: Sequence[str], notes: Sequence[str]) -> list[str]:
+    from adaptertools.cli._report import few, field
+
+    lines = [field("left out", f"{len(left_out)}: {few(left_out)}")] if left_out else []
+    return lines + [field("note", note) for note in notes]
+
+
+def _plan(plan: "MergePlan") -> dict[str, Any]:
+    return {
+        "base": plan.base.label,
+        "adapters": [
+            {"path": source, "weight": weight} for source, weight in zip(plan.sources, plan.weights, strict=True)
+        ],
+        "config": dict(plan.config),
+        "edits": list(plan.edits),
+        "left_out": list(plan.left_out),
+        "notes": list(plan.notes),
+    }
+
+
+def _document(plan: "MergePlan", report: "MergeReport") -> dict[str, Any]:
+    from adaptertools.merging.record import figures
+
+    return {
+        **_plan(plan),
+        "destination": {"path": str(report.path), "nbytes": report.nbytes, "files": list(report.files)},
+        "device": report.device,
+        "resumed": report.resumed,
+        "tensors": {name: figures(sums) for name, sums in report.tensors.items()},
+        "total": figures(report.total),
+        "replaced": list(report.replaced),
+    }

@@ -1,0 +1,212 @@
+"""Every tensor of a merge against what it has to be, by pieces that several threads share."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from adaptertools.containers.checkpoint import Checkpoint
+from adaptertools.merging.coefficients import Moments
+from adaptertools.merging.edits import Edit
+from adaptertools.merging.plan import MergePlan
+from adaptertools.merging.reference import BLOCK_ELEMENTS, ExactRows, Reference
+from adaptertools.tensors import in_parallel
+
+_CHUNK = 16 << 20
+"""Bytes of an untouched tensor that are compared at a time."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorCheck:
+    """What was found of one tensor, or of a block of it.
+
+    `wrong` counts the elements that are not what they have to be: another bit where nothing was to change, beyond the
+    roundings allowed where something was. `roundings` is the farthest that any is off, in halves of the distance to
+    the next number of its dtype; `max_abs` the same as a number. `computed` tells a merged tensor from a copied one.
+    """
+
+    name: str
+    computed: bool
+    elements: int = 0
+    wrong: int = 0
+    roundings: float = 0.0
+    max_abs: float = 0.0
+
+    def joined(self, other: "TensorCheck") -> "TensorCheck":
+        return replace(
+            self,
+            elements=self.elements + other.elements,
+            wrong=self.wrong + other.wrong,
+            roundings=max(self.roundings, other.roundings),
+            max_abs=max(self.max_abs, other.max_abs),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Piece:
+    """Bytes `start` to `stop` of an untouched tensor, or such rows of one that changed."""
+
+    name: str
+    start: int
+    stop: int
+    nbytes: int
+    check: Callable[[int, int], tuple[TensorCheck, Moments | None]]
+
+
+class Comparison:
+    """All tensors of a merge against what they have to be."""
+
+    def __init__(self, plan: MergePlan, merged: Checkpoint, device: torch.device, ours: bool) -> None:
+        self._plan = plan
+        self._merged = merged
+        self._device = device
+        self._ours = ours
+
+    def run(
+        self, names: Sequence[str], on_progress: Callable[[int, int], None] | None
+    ) -> tuple[tuple[TensorCheck, ...], Moments]:
+        total = sum(_nbytes(self._merged, name) for name in names)
+        done = 0
+        checks: dict[str, TensorCheck] = {}
+        moments = Moments.zero(len(self._plan.sources))
+        pieces = (piece for name in names for piece in self._pieces(name))
+        for piece, (check, found) in in_parallel(_checked, pieces):
+            before = checks.get(piece.name)
+            checks[piece.name] = before.joined(check) if before else check
+            moments = moments + found if found else moments
+            done += piece.nbytes
+            if on_progress:
+                on_progress(done, total)
+        return tuple(checks.values()), moments
+
+    def _pieces(self, name: str) -> Iterator[_Piece]:
+        found = self._merged.tensor(name)
+        edit = self._plan.edits.get(name)
+        if edit is None:
+            return _copied(name, self._plan.base.tensor(name), found)
+        weight = self._plan.base.tensor(edit.source) if edit.source is not None else None
+        if edit.computes:
+            return self._computed(edit, weight, found)
+        return _replaced(edit, weight, found)
+
+    def _computed(self, edit: Edit, weight: Tensor | None, found: Tensor) -> Iterator[_Piece]:
+        reference = Reference(edit, weight, self._device)
+        matrix = found.reshape(edit.matrix)
+
+        def check(start: int, stop: int) -> tuple[TensorCheck, Moments]:
+            return self._compare(edit, reference.rows(start, stop), matrix[start:stop].to(self._device))
+
+        return _by_rows(edit, reference.block_rows, check)
+
+    def _compare(self, edit: Edit, exact: ExactRows, found: Tensor) -> tuple[TensorCheck, Moments]:
+        value, wide = exact.value, found.to(torch.float64)
+        doubt = exact.doubt if self._ours else exact.doubt + _roundings_between(exact, edit.dtype)
+        low, high = ((value - doubt).to(edit.dtype), (value + doubt).to(edit.dtype))
+        rounded = value.to(edit.dtype)
+        right = ((low <= found) & (found <= high)) | (found == rounded) | (found.isnan() & value.isnan())
+        off = torch.where(found == rounded, (wide - value).abs().nan_to_num(0.0, 0.0), (wide - value).abs())
+        beyond = (off - exact.doubt).clamp_min(0.0) / _half_step(value, edit.dtype)
+        check = TensorCheck(
+            name=edit.name,
+            computed=True,
+            elements=found.numel(),
+            wrong=int((~right).sum()),
+            roundings=_largest(beyond, right),
+            max_abs=_largest(off, right),
+        )
+        return check, self._moments(exact, wide, rounded.to(torch.float64))
+
+    def _moments(self, exact: ExactRows, found: Tensor, rounded: Tensor) -> Moments:
+        moments = Moments.zero(len(self._plan.sources))
+        changes = [(change - exact.before).nan_to_num_(0.0, 0.0, 0.0) for change in (found, rounded)]
+        for index, delta in exact.deltas.items():
+            for other, beside in exact.deltas.items():
+                moments.gram[index, other] = torch.vdot(delta.flatten(), beside.flatten()).cpu()
+            moments.found[index] = torch.vdot(delta.flatten(), changes[0].flatten()).cpu()
+            moments.expected[index] = torch.vdot(delta.flatten(), changes[1].flatten()).cpu()
+        return moments
+
+
+def _checked(piece: _Piece) -> tuple[_Piece, tuple[TensorCheck, Moments | None]]:
+    return piece, piece.check(piece.start, piece.stop)
+
+
+def _nbytes(checkpoint: Checkpoint, name: str) -> int:
+    return torch.Size(checkpoint.shapes[name]).numel() * checkpoint.dtypes[name].itemsize
+
+
+def _by_rows(
+    edit: Edit, rows: int, check: Callable[[int, int], tuple[TensorCheck, Moments | None]]
+) -> Iterator[_Piece]:
+    """Blocks of rows of a changed tensor."""
+    for start in range(0, edit.matrix[0], rows):
+        stop = min(start + rows, edit.matrix[0])
+        nbytes = (stop - start) * edit.matrix[1] * edit.dtype.itemsize
+        yield _Piece(name=edit.name, start=start, stop=stop, nbytes=nbytes, check=check)
+
+
+def _copied(name: str, expected: Tensor, found: Tensor) -> Iterator[_Piece]:
+    """A tensor that nothing changed: its bytes."""
+    one, other = _bytes(expected), _bytes(found)
+
+    def check(start: int, stop: int) -> tuple[TensorCheck, None]:
+        return _same_bits(name, one[start:stop], other[start:stop], found.dtype.itemsize), None
+
+    for start in range(0, len(other), _CHUNK):
+        stop = min(start + _CHUNK, len(other))
+        yield _Piece(name=name, start=start, stop=stop, nbytes=stop - start, check=check)
+
+
+def _replaced(edit: Edit, weight: Tensor | None, found: Tensor) -> Iterator[_Piece]:
+    """A tensor that was replaced, cast or given rows, without arithmetic: the bits that the cast gives."""
+    source = edit.replacement if edit.replacement is not None else weight
+    assert source is not None
+    old, new = source.reshape(edit.matrix), found.reshape(edit.matrix)
+
+    def check(start: int, stop: int) -> tuple[TensorCheck, None]:
+        expected = old[start:stop].to(edit.dtype, copy=True)
+        for indices, trained in edit.rows:
+            for row, values in zip(indices, trained, strict=True):
+                if start <= row < stop:
+                    expected[row - start] = values.to(expected)
+        return _same_bits(edit.name, _bytes(expected), _bytes(new[start:stop]), edit.dtype.itemsize), None
+
+    return _by_rows(edit, max(1, BLOCK_ELEMENTS // max(1, edit.matrix[1])), check)
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def _same_bits(name: str, expected: Tensor, found: Tensor, itemsize: int) -> TensorCheck:
+    wrong = 0
+    if not torch.equal(expected, found):
+        wrong = int((expected != found).reshape(-1, itemsize).any(dim=1).sum())
+    return TensorCheck(name=name, computed=False, elements=len(found) // itemsize, wrong=wrong)
+
+
+def _largest(off: Tensor, right: Tensor) -> float:
+    """The largest; infinite where a wrong one is no number."""
+    if not off.numel():
+        return 0.0
+    return float(torch.where(off.isnan(), torch.where(right, 0.0, torch.inf), off).max())
+
+
+def _half_step(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Half the distance to the next number of the dtype: what one rounding may cost."""
+    limits = torch.finfo(dtype)
+    exponent = torch.frexp(value.abs().clamp_min(limits.smallest_normal)).exponent
+    return torch.ldexp(torch.full_like(value, limits.eps / 4), exponent)
+
+
+def _roundings_between(exact: ExactRows, dtype: torch.dtype) -> Tensor:
+    """What the roundings before the last one may cost: of each delta weight, and of each sum but the final one."""
+    steps = torch.zeros_like(exact.before)
+    size = exact.before.abs()
+    for number, delta in enumerate(exact.deltas.values()):
+        if number:
+            steps += _half_step(size, dtype)
+        steps += _half_step(delta, dtype)
+        size += delta.abs()
+    return steps

@@ -1,0 +1,97 @@
+"""What a merged model has to consist of beside values: its tensors' names, its index, its configuration, its files."""
+
+import filecmp
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adaptertools.containers.checkpoint import Checkpoint
+from adaptertools.containers.jsonfile import read_json
+from adaptertools.merging.plan import MergePlan
+from adaptertools.tensors import dtype_name
+
+_CONFIG = "config.json"
+_MOST = 5
+
+
+def problems_of_names(plan: MergePlan, merged: Checkpoint) -> tuple[list[str], list[str]]:
+    """What is wrong with the names, shapes and dtypes of the tensors, and the names of those that can be compared."""
+    expected = [name for shard in plan.shards for name in shard.tensors]
+    problems = []
+    missing = [name for name in expected if name not in merged.shapes]
+    extra = [name for name in merged.shapes if name not in set(expected)]
+    if missing:
+        problems.append(f"missing: {_few(missing)}")
+    if extra:
+        problems.append(f"not of this model: {_few(extra)}")
+    comparable = []
+    for name in expected:
+        if name not in merged.shapes:
+            continue
+        edit = plan.edits.get(name)
+        shape = edit.shape if edit else plan.base.shapes[name]
+        dtype = edit.dtype if edit else plan.base.dtypes[name]
+        if (tuple(merged.shapes[name]), merged.dtypes[name]) == (tuple(shape), dtype):
+            comparable.append(name)
+        else:
+            found = _described(merged.shapes[name], merged.dtypes[name])
+            problems.append(f"{name} is {found}, expected {_described(shape, dtype)}")
+    return problems, comparable
+
+
+def problems_of_files(plan: MergePlan, merged: Checkpoint, ours: bool) -> list[str]:
+    """What is wrong with the files beside the tensors. Other tools write configuration and small files anew."""
+    problems, folder = _index_problems(plan, merged), merged.folder
+    used = {path.name for path in merged.files}
+    stray = sorted(path.name for path in folder.glob("*.safetensors") if path.name not in used)
+    if stray:
+        problems.append(f"weights that are no part of the model: {_few(stray)}")
+    problems += _config_problems(plan.config if not ours else {**plan.base.config, **plan.config}, merged, ours)
+    if ours:
+        problems += _copy_problems(plan, folder)
+    return problems
+
+
+def _index_problems(plan: MergePlan, merged: Checkpoint) -> list[str]:
+    """The total size of the index; that it names the right shard for every tensor was checked when it was opened."""
+    stated = _stated_size(merged)
+    real = sum(torch.Size(shape).numel() * merged.dtypes[name].itemsize for name, shape in merged.shapes.items())
+    if stated is None or stated == real or stated == _stated_size(plan.base):
+        return []
+    return [f"the index states a total_size of {stated}, the tensors take {real} bytes"]
+
+
+def _stated_size(checkpoint: Checkpoint) -> Any:
+    metadata = read_json(checkpoint.index).get("metadata") if checkpoint.index else None
+    return metadata.get("total_size") if isinstance(metadata, dict) else None
+
+
+def _config_problems(expected: Mapping[str, Any], merged: Checkpoint, ours: bool) -> list[str]:
+    odd = [key for key, value in expected.items() if merged.config.get(key) != value]
+    odd += [key for key in merged.config if key not in expected] if ours else []
+    return [f"{_CONFIG}: {key} is {merged.config.get(key)!r}, expected {expected.get(key)!r}" for key in odd[:_MOST]]
+
+
+def _copy_problems(plan: MergePlan, folder: Path) -> list[str]:
+    """Small files that travel along, byte by byte."""
+    problems = []
+    source = plan.base.folder
+    for name in plan.copied:
+        if name == _CONFIG:
+            continue
+        if not (folder / name).is_file():
+            problems.append(f"{name} is missing, a file of the base")
+        elif not filecmp.cmp(source / name, folder / name, shallow=False):
+            problems.append(f"{name} is not that of the base")
+    return problems
+
+
+def _described(shape: tuple[int, ...], dtype: torch.dtype) -> str:
+    return f"{tuple(shape)} in {dtype_name(dtype)}"
+
+
+def _few(names: list[str]) -> str:
+    shown = ", ".join(names[:_MOST])
+    return shown if len(names) <= _MOST else f"{shown} and {len(names) - _MOST} more"

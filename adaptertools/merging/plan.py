@@ -1,0 +1,208 @@
+"""What happens to which tensor of a base model: complete and checked before a byte of its data is read."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adaptertools.adapter import Adapter, merge_notes
+from adaptertools.containers.checkpoint import Checkpoint
+from adaptertools.dialects.peft.base import BaseModel
+from adaptertools.errors import MatchError, OptionError
+from adaptertools.merging import outputs
+from adaptertools.merging.assembly import Assembly, Settings
+from adaptertools.merging.edits import Edit
+from adaptertools.merging.outputs import OutputShard
+from adaptertools.merging.refusals import check_adapter, check_base
+from adaptertools.merging.whole import Member
+from adaptertools.tensors import DTYPES, dtype_name
+
+__all__ = ["MergePlan", "OutputShard", "plan_merge"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class MergePlan:
+    """A merge, settled. `edits` are by the name of the result's tensor; tensors without one are the base's own.
+
+    `config` is what changes in the base's configuration: whole values by their keys at its top. `copied` are the small
+    files that travel along, by their paths in the base's folder. `left_out` are the modules that match nothing, which
+    the caller allowed. `notes` are worth saying. Printed, it is a summary.
+    """
+
+    base: Checkpoint
+    sources: tuple[str, ...]
+    weights: tuple[float, ...]
+    edits: Mapping[str, Edit]
+    shards: tuple[OutputShard, ...]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    copied: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """The names of all tensors of the result."""
+        return tuple(name for shard in self.shards for name in shard.tensors)
+
+    @property
+    def computed(self) -> tuple[str, ...]:
+        """The names of the tensors that something is added to."""
+        return tuple(name for name, edit in self.edits.items() if edit.computes)
+
+    @property
+    def changed(self) -> tuple[str, ...]:
+        """The names of the tensors that adapters change; not those that are only cast."""
+        return tuple(name for name, edit in self.edits.items() if edit.computes or edit.rows or edit.source != name)
+
+    def nbytes(self, name: str) -> int:
+        """The bytes of one tensor of the result."""
+        edit = self.edits.get(name)
+        shape = edit.shape if edit else self.base.shapes[name]
+        dtype = edit.dtype if edit else self.base.dtypes[name]
+        return math.prod(shape) * dtype.itemsize
+
+    @property
+    def bytes_read(self) -> int:
+        """The bytes of the base's tensors that are read; twice where DoRA's norms run over the rows."""
+        total = 0
+        for name in self.tensors:
+            edit = self.edits.get(name)
+            source = name if edit is None else edit.source
+            if source is not None:
+                passes = 1 + bool(edit and any(each.axis == "column" for each in edit.renormalizations))
+                total += passes * math.prod(self.base.shapes[source]) * self.base.dtypes[source].itemsize
+        return total
+
+    @property
+    def bytes_written(self) -> int:
+        """The bytes of the result's tensors."""
+        return sum(map(self.nbytes, self.tensors))
+
+    @property
+    def adapter_bytes(self) -> int:
+        """The memory that factors and whole weights take, each counted once."""
+        held = {}
+        for edit in self.edits.values():
+            updates = (*edit.updates, *(each.update for each in edit.renormalizations))
+            tensors = [factor for update in updates for factor in (update.left, update.right)]
+            tensors += [each.magnitude for each in edit.renormalizations] + [rows for _, rows in edit.rows]
+            tensors += [] if edit.replacement is None else [edit.replacement]
+            held.update({(tensor.data_ptr(), tensor.shape): tensor.nbytes for tensor in tensors})
+        return sum(held.values())
+
+    def __str__(self) -> str:
+        replaced = [name for name, edit in self.edits.items() if edit.replacement is not None]
+        cast = [name for name, edit in self.edits.items() if self._is_cast(edit)]
+        lines = [
+            f"base      {self.base.label}: {len(self.base.shapes)} tensors in {len(self.base.files)} files",
+            *(f"adapter   {name}, weight {weight:g}" for name, weight in zip(self.sources, self.weights, strict=True)),
+            f"changed   {len(self.changed)} of {len(self.tensors)} tensors",
+            f"replaced  {_few(replaced)}" if replaced else "",
+            f"cast      {len(cast)} tensors to {dtype_name(self.edits[cast[0]].dtype)}" if cast else "",
+            f"read      {self.bytes_read:,} bytes",
+            f"written   {self.bytes_written:,} bytes in {len(self.shards)} files",
+            f"copied    {len(self.copied)} other files",
+            f"adapters  {self.adapter_bytes:,} bytes in memory",
+            f"config    {_few(list(self.config))}" if self.config else "",
+            f"left out  {_few(self.left_out)}" if self.left_out else "",
+            *(f"note      {note}" for note in self.notes),
+        ]
+        return "\n".join(line for line in lines if line)
+
+    def _is_cast(self, edit: Edit) -> bool:
+        return edit.source is not None and edit.dtype != self.base.dtypes[edit.source]
+
+
+def plan_merge(
+    base: str | Path | Checkpoint,
+    adapters: Sequence[Adapter],
+    weights: Sequence[float] | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    allow_unmatched: bool = False,
+    untie: bool = False,
+    full_weights: int | None = None,
+    sources: Sequence[str] | None = None,
+) -> MergePlan:
+    """Settle what merging adapters into a base model does to each of its tensors.
+
+    Each module is matched to a tensor by name, whatever prefixes and wrappers stand in front, and its orientation told
+    by shape. W' = W + Σ weight · scaling · B·A; heads and other whole weights replace those of the base. `dtype` casts
+    every floating-point tensor. `allow_unmatched` leaves out what matches nothing. `untie` writes an output head that
+    is tied to the embedding as a tensor of its own. `full_weights` is the number of the adapter, from 1 on, whose whole
+    weights are taken where several have different ones. `sources` name the adapters in messages.
+
+    Memory: headers of the base; views of the adapters' tensors
+    Raises: MatchError for modules that match no tensor, or several; ShapeError, NonFiniteError
+            UnsupportedFeatureError for a quantised base and for adapters that no merge can hold
+            OptionError for weights that are not one finite number for each adapter, and other dtypes than DTYPES
+    """
+    if dtype is not None and dtype not in DTYPES.values():
+        raise OptionError(f"dtype is {dtype}, expected one of {', '.join(DTYPES)}")
+    opened = base if isinstance(base, Checkpoint) else Checkpoint.open(Path(base))
+    members = _members(adapters, weights, sources)
+    check_base(opened)
+    for member in members:
+        check_adapter(member.adapter, member.name)
+    settings = Settings(dtype=dtype, allow_unmatched=allow_unmatched, untie=untie, full_weights=full_weights)
+    assembly = Assembly(opened, [member for member in members if member.weight], settings)
+    assembly.run()
+    if assembly.left_out and assembly.draft.is_empty:
+        raise MatchError(
+            f"{opened.label}: nothing that the adapters hold matches it, such as {assembly.left_out[0]}. Is it the "
+            "right base model?"
+        )
+    edits = assembly.draft.finished()
+    config = outputs.configuration(
+        opened, untied=assembly.untied, vocabulary=assembly.vocabulary, labels=assembly.labels, dtype=dtype
+    )
+    copied, left = outputs.copied(opened)
+    notes = [f"{member.name} has weight 0 and changes nothing" for member in members if not member.weight]
+    notes += [f"left in the base's folder: {_few(left)}"] if left else []
+    return MergePlan(
+        base=opened,
+        sources=tuple(member.name for member in members),
+        weights=tuple(member.weight for member in members),
+        edits=edits,
+        shards=outputs.shards(opened, edits),
+        config=config,
+        copied=copied,
+        left_out=tuple(assembly.left_out),
+        notes=merge_notes(assembly.notes, notes, *(_notes(member.adapter, opened) for member in members)),
+    )
+
+
+def _notes(adapter: Adapter, base: Checkpoint) -> list[str]:
+    """What its reader found odd, without what it missed in the base by name, which is matched here."""
+    settled = tuple(note.partition(", such as")[0].partition(":")[0] for note in BaseModel(base).notes(adapter.modules))
+    return [note for note in adapter.notes if not note.startswith(settled)]
+
+
+def _members(
+    adapters: Sequence[Adapter], weights: Sequence[float] | None, sources: Sequence[str] | None
+) -> list[Member]:
+    if not adapters:
+        raise OptionError("a merge takes one adapter or more, found none")
+    given = [1.0] * len(adapters) if weights is None else list(weights)
+    if len(given) != len(adapters) or not all(map(_is_finite, given)):
+        raise OptionError(f"weights are {given}, expected a finite number for each of {len(adapters)} adapters")
+    labels = [adapter.origin.label if adapter.origin else f"adapter {i}" for i, adapter in enumerate(adapters, 1)]
+    named = labels if sources is None else list(sources)
+    if len(named) != len(adapters):
+        raise OptionError(f"{len(named)} sources are named, there are {len(adapters)} adapters")
+    return [
+        Member(number=number, name=name, weight=float(weight), adapter=adapter)
+        for number, (adapter, weight, name) in enumerate(zip(adapters, given, named, strict=True))
+    ]
+
+
+def _is_finite(weight: object) -> bool:
+    return isinstance(weight, int | float) and not isinstance(weight, bool) and math.isfinite(weight)
+
+
+def _few(names: Iterable[str]) -> str:
+    listed = list(names)
+    return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")

@@ -1,0 +1,145 @@
+"""What a merged tensor has to be: W + Σ ΔW in float64, by blocks of rows, with how far float32 arithmetic may be off.
+
+It shares no arithmetic with kernels.py, so that it can judge it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adaptertools.merging.edits import Edit, Renormalization, Update
+
+_DOUBT = 8
+"""Epsilons of ‖row of left‖·‖column of right‖ that a product may be off: twice what float32 GEMMs are seen to be."""
+
+BLOCK_ELEMENTS = 1 << 18
+"""Elements of a block of rows; each worker holds about thirty such blocks in float64."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ExactRows:
+    """Rows of a tensor as they have to be, in float64.
+
+    `before` is what the delta weights are added to, `deltas` what each adapter adds, by its place among them. `doubt`
+    is how far arithmetic in float32 (float64 where a weight or factor is) may be from their sum before it is rounded.
+    """
+
+    before: Tensor
+    deltas: Mapping[int, Tensor]
+    doubt: Tensor
+
+    @property
+    def value(self) -> Tensor:
+        total = self.before.clone()
+        for delta in self.deltas.values():
+            total += delta
+        return total
+
+
+class Reference:
+    """An edit, ready to say what any block of rows has to be. It may be asked from several threads.
+
+    Memory: the right factors in float64
+    """
+
+    def __init__(self, edit: Edit, weight: Tensor | None, device: torch.device) -> None:
+        source = edit.replacement if edit.replacement is not None else weight
+        assert source is not None
+        self.edit = edit
+        self._device = device
+        self._source = source.reshape(edit.matrix)
+        self._epsilon = torch.finfo(_arithmetic(edit, source.dtype)).eps
+        updates = (*edit.updates, *(each.update for each in edit.renormalizations))
+        wide = [update.right.to(device, torch.float64) for update in updates]
+        self._right = {id(update): (right, right.norm(dim=0)) for update, right in zip(updates, wide, strict=True)}
+        self._norms = {
+            index: self._column_norms(each) for index, each in enumerate(edit.renormalizations) if each.axis == "column"
+        }
+
+    @property
+    def block_rows(self) -> int:
+        return max(1, BLOCK_ELEMENTS // max(1, self.edit.matrix[1]))
+
+    def rows(self, start: int, stop: int) -> ExactRows:
+        """Rows `start` to `stop`.
+
+        Memory: some blocks of these rows in float64
+        """
+        before = self._before(start, stop)
+        deltas: dict[int, Tensor] = {}
+        doubt = before.abs()
+        for update in self.edit.updates:
+            inside, product, off = self._product(update, start, stop)
+            if product is not None:
+                _zeros(deltas, update.source, before)[inside] += update.scale * product
+                doubt[inside] += abs(update.scale) * (_DOUBT * off + product.abs())
+        for index, each in enumerate(self.edit.renormalizations):
+            inside, change, off = self._renormalized(index, each, before, start, stop)
+            if change is not None:
+                _zeros(deltas, each.update.source, before)[inside] += change
+                doubt[inside] += _DOUBT * off
+        return ExactRows(before=before, deltas=deltas, doubt=doubt.mul_(self._epsilon))
+
+    def _before(self, start: int, stop: int) -> Tensor:
+        """Rows of W in float64, trained rows in their place."""
+        rows = self._source[start:stop].to(self._device).to(torch.float64, copy=True)
+        for indices, trained in self.edit.rows:
+            for row, values in zip(indices, trained, strict=True):
+                if start <= row < stop:
+                    rows[row - start] = values.to(rows)
+        return rows
+
+    def _product(self, update: Update, start: int, stop: int) -> tuple[tuple[slice, slice], Tensor | None, Tensor]:
+        """Where these rows of left · right stand in the block, they themselves, and what bounds their rounding."""
+        down, across = update.block
+        first, last = max(start, down.start), min(stop, down.stop)
+        inside = (slice(first - start, last - start), across)
+        if first >= last:
+            return inside, None, torch.empty(0)
+        left = update.left[first - update.row : last - update.row].to(self._device, torch.float64)
+        right, size = self._right[id(update)]
+        return inside, left @ right, left.norm(dim=1, keepdim=True) * size
+
+    def _renormalized(
+        self, index: int, each: Renormalization, before: Tensor, start: int, stop: int
+    ) -> tuple[tuple[slice, slice], Tensor | None, Tensor]:
+        """The same of weight · (m ⊙ V/‖V‖ − W)."""
+        inside, product, off = self._product(each.update, start, stop)
+        if product is None:
+            return inside, None, off
+        old = before[inside]
+        new = old + each.update.scale * product
+        magnitude = each.magnitude.to(self._device, torch.float64)
+        if each.axis == "row":
+            first = start + inside[0].start - each.update.row
+            gain = magnitude[first : first + len(new)].unsqueeze(1) / new.norm(dim=1, keepdim=True)
+        else:
+            gain = magnitude / self._norms[index]
+        off = gain.abs() * (old.abs() + abs(each.update.scale) * off) + old.abs()
+        return inside, each.weight * (gain * new - old), abs(each.weight) * off
+
+    def _column_norms(self, each: Renormalization) -> Tensor:
+        """‖V‖ of each column, from a pass over all rows."""
+        squares = torch.zeros(each.update.right.shape[1], dtype=torch.float64, device=self._device)
+        for start in range(0, self.edit.matrix[0], self.block_rows):
+            stop = min(start + self.block_rows, self.edit.matrix[0])
+            inside, product, _ = self._product(each.update, start, stop)
+            if product is not None:
+                value = self._before(start, stop)[inside] + each.update.scale * product
+                squares += value.square().sum(dim=0)
+        return squares.sqrt()
+
+
+def _zeros(deltas: dict[int, Tensor], source: int, like: Tensor) -> Tensor:
+    if source not in deltas:
+        deltas[source] = torch.zeros_like(like)
+    return deltas[source]
+
+
+def _arithmetic(edit: Edit, weight: torch.dtype) -> torch.dtype:
+    """The dtype that a merge computes in."""
+    updates = (*edit.updates, *(each.update for each in edit.renormalizations))
+    dtypes = {weight, *(update.left.dtype for update in updates), *(update.right.dtype for update in updates)}
+    return torch.float64 if torch.float64 in dtypes else torch.float32

@@ -1,0 +1,225 @@
+"""A merge in the making: a hidden folder beside the destination, which outlives a process that was killed.
+
+It holds the recipe, the result as far as it is there, and a record of every finished file. A file in the making ends in
+`.part`, and the configuration comes last, so that nothing in it is taken for a model. The same recipe goes on from what
+is finished; any other starts anew. Whoever works in it holds a lock on it.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from adaptertools.containers.atomic import allocated, explained, publish_folder, sync, write_text
+from adaptertools.containers.jsonfile import format_json, read_json
+from adaptertools.errors import DestinationError, DestinationExistsError, FileError
+from adaptertools.merging.kernels import Statistics
+from adaptertools.merging.shards import Layout
+
+_RECIPE, _FINISHED = "recipe.json", "finished.json"
+_RECORDS, _RESULT = "records", "result"
+_ASIDE = f"{_RESULT}-old"
+_NEW = ".new"
+
+PART = ".part"
+"""What the name of a file ends in as long as it is in the making."""
+
+
+def staging_folder(dst: Path) -> Path:
+    """Where a merge into `dst` is in the making."""
+    return dst.with_name(f".{dst.name}.merging")
+
+
+class Staging:
+    """The folder of a merge in the making, locked by this process."""
+
+    def __init__(self, folder: Path, dst: Path, *, flush: bool) -> None:
+        self.folder, self.dst, self.flush = folder, dst, flush
+        self._records = folder / _RECORDS
+
+    @property
+    def result(self) -> Path:
+        """Where the files of the result are."""
+        return self.dst if self._in_place() else self.folder / _RESULT
+
+    def part(self, layout: Layout) -> Path:
+        """The file in the making."""
+        return self.result / (layout.name + PART)
+
+    def finished(self, layout: Layout) -> dict[str, Statistics] | None:
+        """What a finished file's record says of its tensors; None if the file is not finished."""
+        try:
+            record = json.loads((self._records / f"{layout.name}.json").read_text())
+            found = (self.result / layout.name).stat()
+            if [found.st_size, found.st_mtime_ns] != record["file"] or found.st_size != layout.size:
+                return None
+            return {name: Statistics(**sums) for name, sums in record["statistics"].items()}
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def anything_finished(self) -> bool:
+        """Whether there is a file that need not be made again."""
+        return any(self._records.glob("*.json"))
+
+    def allocate(self, layouts: list[Layout]) -> None:
+        """Room for all files that are to be made, so that a full disk is found before any work.
+
+        Raises: DestinationError
+        """
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(self._allocate, layouts))
+
+    def _allocate(self, layout: Layout) -> None:
+        with allocated(self.part(layout), layout.size, flush=False) as file:
+            file.seek(layout.size)
+
+    def finish(self, layout: Layout, statistics: Mapping[str, Statistics]) -> None:
+        """Take a file for finished, once it is on disk.
+
+        Raises: DestinationError
+        """
+        target = self.result / layout.name
+        with explained(target):
+            if self.flush:
+                sync(self.part(layout))
+            self.part(layout).replace(target)
+            found = target.stat()
+        record = {
+            "file": [found.st_size, found.st_mtime_ns],
+            "statistics": {name: asdict(sums) for name, sums in statistics.items()},
+        }
+        self._write(self._records / f"{layout.name}.json", record)
+
+    def publish(self, dropped: tuple[str, ...]) -> None:
+        """Make the result the destination in one step; of an old one, the files of these patterns go.
+
+        Raises: DestinationError
+        """
+        self._write(self.folder / _FINISHED, {"inode": self.result.stat().st_ino})
+        publish_folder(self.result, self.dst, dropped)
+        self.remove()
+
+    def remove(self) -> None:
+        """Clear the folder away, the weights first: as long as there is a recipe, a killed run can say what it did."""
+        for name in (_RESULT, _ASIDE):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+        with suppress(OSError):
+            (self.folder / _RECIPE).unlink(missing_ok=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def published(self, recipe: str) -> bool:
+        """Whether a killed run of the recipe got as far as putting the result in its place."""
+        return self._recipe() == recipe and self._in_place()
+
+    def _in_place(self) -> bool:
+        try:
+            inode = json.loads((self.folder / _FINISHED).read_text())["inode"]
+            return bool(self.dst.stat().st_ino == inode)
+        except (OSError, ValueError, KeyError):
+            return False
+
+    def give_up(self) -> None:
+        """Free the room of what is half-made; keep what is finished, unless all is in its place."""
+        for part in (self.folder / _RESULT).glob(f"*{PART}"):
+            with suppress(OSError):
+                part.unlink()
+        if self._recipe() is None or not self.anything_finished():
+            self.remove()
+
+    def begin(self, recipe: str) -> None:
+        """Keep what the same recipe has made; clear away all else.
+
+        Raises: DestinationError
+        """
+        with explained(self.folder):
+            if self._recipe() != recipe:
+                for name in (_FINISHED, _RECIPE):  # first, so that what is left is never taken for another's
+                    (self.folder / name).unlink(missing_ok=True)
+                for name in (_RECORDS, _RESULT, _ASIDE):
+                    shutil.rmtree(self.folder / name, ignore_errors=True)
+                self._write(self.folder / _RECIPE, {"recipe": recipe})
+            (self.folder / _RESULT).mkdir(exist_ok=True)
+            self._records.mkdir(exist_ok=True)
+
+    def _recipe(self) -> object:
+        try:
+            return read_json(self.folder / _RECIPE).get("recipe")
+        except (FileError, OSError):
+            return None
+
+    def _write(self, path: Path, document: Mapping[str, Any]) -> None:
+        """Whole or not at all."""
+        new = path.with_name(path.name + _NEW)
+        if self.flush:
+            write_text(new, format_json(document))
+        else:
+            with explained(path):
+                new.write_text(format_json(document))
+        with explained(path):
+            new.replace(path)
+
+
+@contextmanager
+def resumable(dst: Path, *, flush: bool = True) -> Iterator[Staging]:
+    """The folder of a merge into `dst`, new or left by a run that was killed, for this process alone.
+
+    Raises: DestinationError, also if another merge into `dst` is running
+    """
+    with explained(dst):
+        dst = dst.resolve() if dst.is_dir() else dst
+        missing = [parent for parent in dst.parents if not parent.exists()]
+        dst.parent.mkdir(parents=True, exist_ok=True)
+        lock = _lock(staging_folder(dst))
+    staging = Staging(staging_folder(dst), dst, flush=flush)
+    try:
+        yield staging
+    finally:
+        staging.give_up()
+        os.close(lock)
+        for parent in missing:
+            with suppress(OSError):
+                parent.rmdir()  # where nothing was made, nothing is left
+
+
+def _lock(folder: Path) -> int:
+    """The folder, made where it is missing, with a lock that lasts until its handle is closed."""
+    while True:
+        with suppress(FileExistsError):
+            folder.mkdir()
+        if folder.is_symlink() or not folder.is_dir() or not _is_ours(folder):
+            raise DestinationExistsError(f"{folder} is in the way: the merge is made there. Move it or remove it")
+        lock = _opened(folder)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            raise DestinationError(f"{folder}: another merge into the same destination is running") from None
+        except OSError:
+            pass  # network file systems may know no locks
+        with suppress(FileNotFoundError):
+            if os.fstat(lock).st_ino == folder.stat().st_ino:
+                return lock
+        os.close(lock)
+
+
+def _opened(folder: Path) -> int:
+    try:
+        return os.open(folder, os.O_RDONLY)
+    except OSError:
+        with suppress(OSError):
+            folder.rmdir()  # a new one is empty
+        raise
+
+
+def _is_ours(folder: Path) -> bool:
+    known = {_RECIPE, _FINISHED, _RECORDS, _RESULT, _ASIDE, _RECIPE + _NEW, _FINISHED + _NEW}
+    try:
+        return {entry.name for entry in folder.iterdir()} <= known
+    except FileNotFoundError:
+        return True  # another process has just finished with it

@@ -1,0 +1,211 @@
+"""The run of a plan: a copy of the base with some bytes made anew, by workers that read, compute and write.
+
+Every file of the result is a list of tasks: bytes to copy, and row blocks to compute. Workers take them in order, so
+that one reads while another computes and a third writes. A file whose tasks are all done is flushed and recorded; the
+whole result is renamed into place.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from adaptertools.containers.checkpoint import Checkpoint
+from adaptertools.errors import (
+    AdapterToolsError,
+    DamagedFileError,
+    DestinationError,
+    SourceNotFoundError,
+    StoppedMergeError,
+)
+from adaptertools.linalg import parse_device
+from adaptertools.merging.destination_folder import check_apart, check_free, replaced_files
+from adaptertools.merging.documents import beside, write_documents
+from adaptertools.merging.kernels import Statistics, full_precision
+from adaptertools.merging.outlook import Crew, hire
+from adaptertools.merging.plan import MergePlan
+from adaptertools.merging.record import Inputs, MergeReport, document, know_inputs, stamps, total
+from adaptertools.merging.resume import Staging, resumable, staging_folder
+from adaptertools.merging.shards import Layout, lay_out
+from adaptertools.merging.tasks import Output, Sources, Task
+from adaptertools.merging.workers import Worker
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes written and the bytes in all."""
+
+_SECONDS_BETWEEN_REPORTS = 0.1
+
+
+def run_merge(
+    plan: MergePlan,
+    dst: str | Path,
+    *,
+    device: str | torch.device = "auto",
+    overwrite: bool = False,
+    max_memory: int = 2 << 30,
+    workers: int | None = None,
+    hash: bool = False,
+    flush: bool = True,
+    on_progress: Progress | None = None,
+) -> MergeReport:
+    """Write the merged checkpoint that `plan` describes into the folder `dst`, whole or not at all.
+
+    A run that was stopped is gone on with by the same call: what it finished stands in a hidden folder beside `dst`.
+    Neither `max_memory` nor `workers` changes a bit of the result. `overwrite` replaces an earlier merge, nothing else.
+    `hash` records the SHA-256 of the base's files; `flush=False` leaves it to the system when bytes reach the disk.
+
+    Units:  max_memory bytes on the host
+    Memory: max_memory at most, beside the adapters
+    Raises: DestinationExistsError, DestinationError, StoppedMergeError, OptionError, NonFiniteError
+    """
+    target = parse_device(device)
+    dst = Path(dst)
+    plan = _reopened(plan)
+    check_apart(plan.base, dst)
+    layouts = [lay_out(plan, shard) for shard in plan.shards]
+    crew = hire(plan, target, max_memory, workers)
+    inputs = know_inputs(plan, target, hash=hash)
+    if not staging_folder(dst).exists():
+        check_free(dst, overwrite)
+    with resumable(dst, flush=flush) as staging:
+        if staging.published(inputs.recipe):
+            report = _report(plan, staging, layouts, inputs, len(layouts))
+            staging.remove()
+            return report
+        check_free(dst, overwrite)
+        staging.begin(inputs.recipe)
+        try:
+            report = _make(plan, staging, layouts, inputs, crew, on_progress)
+            if stamps(plan) != inputs.stamps:
+                raise DamagedFileError(f"{plan.base.label}: its files changed while they were merged. Merge again")
+            staging.publish(replaced_files(staging.dst))
+        except (DestinationError, SourceNotFoundError) as error:
+            if not staging.anything_finished():
+                raise
+            told = f"{error}. What is finished was kept: the same call goes on from there"
+            raise StoppedMergeError(told) from error
+        except AdapterToolsError:
+            staging.remove()  # the same call would fail again
+            raise
+    return report
+
+
+def _reopened(plan: MergePlan) -> MergePlan:
+    """The plan with its base as that is now.
+
+    Raises: DamagedFileError if it is no longer the base that was planned with
+    """
+    old, base = plan.base, Checkpoint.open(Path(plan.base.label))
+    if (old.shapes, old.dtypes, old.places) != (base.shapes, base.dtypes, base.places):
+        raise DamagedFileError(f"{base.label}: its files have changed since the merge was planned. Plan it again")
+    return replace(plan, base=base)
+
+
+def check_destination(plan: MergePlan, dst: str | Path, *, overwrite: bool = False) -> None:
+    """Make sure that the merge may be put at `dst`; a merge in the making there is no hindrance.
+
+    Raises: DestinationExistsError
+    """
+    check_apart(plan.base, Path(dst))
+    check_free(Path(dst), overwrite)
+
+
+def _make(
+    plan: MergePlan,
+    staging: Staging,
+    layouts: Sequence[Layout],
+    inputs: Inputs,
+    crew: Crew,
+    on_progress: Progress | None,
+) -> MergeReport:
+    """Make what is not finished yet, and what stands beside the weights."""
+    rest = [layout for layout in layouts if staging.finished(layout) is None]
+    staging.allocate(rest)
+    meter = _Meter(sum(layout.size for layout in layouts), on_progress)
+    meter.add(meter.total - sum(layout.size for layout in rest))
+    sources = Sources()
+    outputs = [Output(plan, layout, staging, sources, crew.device) for layout in rest]
+    try:
+        _work(crew, (task for output in outputs for task in output.tasks()), meter)
+    finally:
+        sources.close()
+        for output in outputs:
+            output.close()
+    report = _report(plan, staging, layouts, inputs, len(layouts) - len(rest))
+    write_documents(plan, staging.result, document(plan, inputs, report), flush=staging.flush)
+    return report
+
+
+class _Meter:
+    """Bytes done, counted by workers and told by the caller's thread."""
+
+    def __init__(self, total: int, on_progress: Progress | None) -> None:
+        self.total, self._on_progress = total, on_progress
+        self._done, self._told = 0, -1
+        self._lock = threading.Lock()
+
+    def add(self, nbytes: int) -> None:
+        with self._lock:
+            self._done += nbytes
+
+    def tell(self) -> None:
+        if self._on_progress is not None and self._done != self._told:
+            self._told = self._done
+            self._on_progress(self._told, self.total)
+
+
+def _work(crew: Crew, tasks: Iterator[Task], meter: _Meter) -> None:
+    """Have all tasks done. After the first failure, no more are begun."""
+    stop = threading.Event()
+    lock = threading.Lock()
+
+    def work() -> None:
+        worker = Worker(crew.device, crew.block)
+        try:
+            with worker.at_work():
+                while not stop.is_set():
+                    with lock:
+                        task = next(tasks, None)
+                    if task is None:
+                        return
+                    task.run(worker)
+                    meter.add(task.nbytes)
+        except BaseException:
+            stop.set()
+            raise
+
+    with full_precision(), ThreadPoolExecutor(crew.count) as pool:
+        try:
+            running = {pool.submit(work) for _ in range(crew.count)}
+            everyone = list(running)
+            while running:
+                meter.tell()
+                _, running = wait(running, _SECONDS_BETWEEN_REPORTS)
+            meter.tell()
+        finally:
+            stop.set()
+    for future in everyone:
+        future.result()
+
+
+def _report(plan: MergePlan, staging: Staging, layouts: Sequence[Layout], inputs: Inputs, resumed: int) -> MergeReport:
+    """What became of each tensor, from the records of the files."""
+    found: dict[str, Statistics] = {}
+    for layout in layouts:
+        found |= staging.finished(layout) or {}
+    tensors = {name: found[name] for shard in plan.shards for name in shard.tensors if name in found}
+    return MergeReport(
+        path=staging.dst,
+        nbytes=sum(layout.size for layout in layouts),
+        files=(*(layout.name for layout in layouts), *beside(plan)),
+        device=inputs.device,
+        tensors=tensors,
+        total=total(tensors.values()),
+        replaced=tuple(name for shard in plan.shards for name in shard.tensors if name in {*plan.edits} - {*found}),
+        resumed=resumed,
+        left_out=plan.left_out,
+        notes=plan.notes,
+    )

@@ -1,0 +1,128 @@
+"""Proof of a finished merge: every byte of it is the base's own, or within one rounding of W + Σ s·B·A.
+
+What the tensors have to be comes from the plan of the same merge; their values from reference.py, in float64.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from adaptertools.adapter import Adapter
+from adaptertools.containers.checkpoint import Checkpoint
+from adaptertools.errors import FileError, SourceNotFoundError
+from adaptertools.linalg import parse_device
+from adaptertools.merging import record
+from adaptertools.merging.coefficients import Coefficient, fit
+from adaptertools.merging.comparison import Comparison, TensorCheck
+from adaptertools.merging.layout import problems_of_files, problems_of_names
+from adaptertools.merging.plan import MergePlan, plan_merge
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Verification:
+    """What is known of a merge after every byte of it was looked at.
+
+    `problems` are faults beside values: tensors missing, extra or of another shape, index, configuration, files.
+    `by_other_tool` says that no record of ours stands beside it: then two roundings are allowed for each adapter, else
+    one in all.
+    """
+
+    merged: str
+    tensors: tuple[TensorCheck, ...] = ()
+    problems: tuple[str, ...] = ()
+    coefficients: tuple[Coefficient, ...] = ()
+    by_other_tool: bool = False
+    notes: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems and not self.wrong
+
+    @property
+    def wrong(self) -> tuple[TensorCheck, ...]:
+        """The tensors that are not what they have to be, the worst first."""
+        return tuple(sorted((each for each in self.tensors if each.wrong), key=_badness, reverse=True))
+
+    @property
+    def worst(self) -> tuple[TensorCheck, ...]:
+        """Those, then the merged tensors, the farthest off first."""
+        return tuple(sorted((each for each in self.tensors if each.wrong or each.computed), key=_badness, reverse=True))
+
+
+def _badness(check: TensorCheck) -> tuple[float, float]:
+    return check.wrong / max(check.elements, 1), check.roundings
+
+
+def verify_merge(
+    base: str | Path | Checkpoint,
+    adapters: Sequence[Adapter],
+    merged: str | Path,
+    weights: Sequence[float] | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    allow_unmatched: bool = False,
+    untie: bool | None = None,
+    full_weights: int | None = None,
+    sources: Sequence[str] | None = None,
+    device: str | torch.device = "auto",
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Verification:
+    """Compare a merge with what base and adapters have to give: all of its tensors, its index, configuration and files.
+
+    The options are those of `plan_merge`. `dtype` and `untie` are read off the merge where they are not given.
+
+    Memory: the adapters, and some blocks of rows for each core
+    Raises: AdapterToolsError where base or adapters are at fault; faults of the merge are in the result
+    """
+    start = base if isinstance(base, Checkpoint) else Checkpoint.open(Path(base))
+    try:
+        result = Checkpoint.open(Path(merged))
+    except (FileError, SourceNotFoundError) as error:
+        if not Path(merged).exists():
+            raise
+        return Verification(merged=str(merged), problems=(str(error),))
+    plan = plan_merge(
+        start,
+        adapters,
+        weights,
+        dtype=dtype or _dtype_of(start, result),
+        allow_unmatched=allow_unmatched,
+        untie=_is_untied(start, result) if untie is None else untie,
+        full_weights=full_weights,
+        sources=sources,
+    )
+    ours = (result.folder / record.NAME).is_file()
+    problems, comparable = problems_of_names(plan, result)
+    comparison = Comparison(plan, result, parse_device(device), ours)
+    checks, moments = comparison.run(comparable, on_progress)
+    return Verification(
+        merged=str(merged),
+        tensors=checks,
+        problems=(*problems, *problems_of_files(plan, result, ours)),
+        coefficients=fit(moments, plan.sources, plan.weights),
+        by_other_tool=not ours,
+        notes=_notes(plan),
+    )
+
+
+def _dtype_of(base: Checkpoint, merged: Checkpoint) -> torch.dtype | None:
+    """The dtype that every floating-point tensor was cast to, if one was."""
+    pairs = {(base.dtypes[name], dtype) for name, dtype in merged.dtypes.items() if name in base.dtypes}
+    found = {after for before, after in pairs if before.is_floating_point}
+    changed = any(before != after for before, after in pairs)
+    return found.pop() if changed and len(found) == 1 else None
+
+
+def _is_untied(base: Checkpoint, merged: Checkpoint) -> bool:
+    """Whether the merge has a head of its own that the base has not."""
+    ties = (checkpoint.config.get("tie_word_embeddings", True) is not False for checkpoint in (base, merged))
+    return tuple(ties) == (True, False) and any(name not in base.shapes for name in merged.shapes)
+
+
+def _notes(plan: MergePlan) -> tuple[str, ...]:
+    """What the plan has to say, and what it leaves out."""
+    count, first = len(plan.left_out), ", ".join(plan.left_out[:3])
+    left_out = (f"{count} modules match no weight of the base and count for nothing: {first}",) if count else ()
+    return (*left_out, *plan.notes)

@@ -1,0 +1,224 @@
+"""`adaptertools merge`, on bases and adapters as files."""
+
+import errno
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from merge_plans import assert_rounded_once, contents
+from safetensors.torch import load_file, save_file
+
+import adaptertools
+from adaptertools.adapter import Adapter
+from adaptertools.merging import blocks
+
+NAMES = [f"model.layers.{layer}.self_attn.{name}.weight" for layer in (0, 1) for name in ("q_proj", "v_proj")]
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """Two shards, a layer in each, as the adapter `plain` was trained on; a norm that no adapter changes."""
+    generator = torch.Generator().manual_seed(1)
+    folder = tmp_path / "base"
+    folder.mkdir()
+    weight_map = {}
+    for shard in (1, 2):
+        name = f"model-0000{shard}-of-00002.safetensors"
+        held = [tensor for tensor in NAMES if f"layers.{shard - 1}." in tensor]
+        tensors = {tensor: torch.randn(8, 12, generator=generator).bfloat16() for tensor in held}
+        tensors[f"model.layers.{shard - 1}.norm.weight"] = torch.ones(12).bfloat16()
+        save_file(tensors, folder / name, {"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, name)
+    index = {"metadata": {"total_size": 4 * 8 * 12 * 2 + 2 * 12 * 2}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    return folder
+
+
+def weights_in(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def assert_merged(folder: Path, base: Path, adapter: Adapter, weight: float = 1.0) -> None:
+    """Every tensor is the base's own, or W + weight · ΔW rounded once."""
+    found, wanted = weights_in(folder), weights_in(base)
+    assert found.keys() == wanted.keys()
+    modules = {f"{module.target.parameter}.weight": module for module in adapter.modules}
+    for name, tensor in wanted.items():
+        if name in modules:
+            delta = modules[name].delta_weight(dtype=torch.float64)
+            assert_rounded_once(found[name], tensor.double() + weight * delta, tensor.dtype)
+        else:
+            assert torch.equal(found[name], tensor), name
+
+
+def test_the_result_is_the_base_with_the_deltas_added(
+    base: Path, peft_folder: Path, plain: Adapter, tmp_path: Path, run: Callable[..., Any]
+) -> None:
+    ran = run("merge", base, peft_folder, tmp_path / "merged")
+    assert ran.code == 0, ran.err
+    assert_merged(tmp_path / "merged", base, plain)
+    assert f"Merged 1 adapter into {base}: {tmp_path / 'merged'}\n" in ran.out
+    assert "  changed      4 of 6 tensors, computed on cpu\n" in ran.out
+    assert f"  adapter      1 × {peft_folder}\n" in ran.out
+    assert "ROUNDING TOOK" in ran.out
+    record = json.loads((tmp_path / "merged" / "adaptertools_merge.json").read_text())
+    assert f"took {record['total']['rounding_error']:.4g} of the delta" in ran.out
+
+
+def test_json_holds_what_the_record_says(
+    base: Path, peft_folder: Path, tmp_path: Path, run: Callable[..., Any]
+) -> None:
+    ran = run("merge", base, peft_folder, tmp_path / "merged", "--json", "--hash")
+    assert ran.code == 0, ran.err
+    record = json.loads((tmp_path / "merged" / "adaptertools_merge.json").read_text())
+    assert ran.json["tensors"] == record["tensors"]
+    assert set(ran.json["tensors"]) == set(NAMES)
+    assert ran.json["total"] == record["total"]
+    assert ran.json["destination"]["path"] == str(tmp_path / "merged")
+    assert ran.json["destination"]["nbytes"] == sum(path.stat().st_size for path in base.glob("*.safetensors"))
+    assert ran.json["adapters"] == [{"path": str(peft_folder), "weight": 1.0}]
+    assert all("sha256" in entry for entry in record["base"]["files"])
+
+
+def test_weights_scale_each_adapter_and_all_are_rounded_once(
+    base: Path, peft_folder: Path, plain: Adapter, tmp_path: Path, run: Callable[..., Any]
+) -> None:
+    ran = run("merge", base, peft_folder, peft_folder, tmp_path / "merged", "--weights", "0.5,-0.25", "--json")
+    assert ran.code == 0, ran.err
+    assert_merged(tmp_path / "merged", base, plain, 0.25)
+    assert [source["weight"] for source in ran.json["adapters"]] == [0.5, -0.25]
+
+
+@pytest.mark.parametrize("weights", ["1", "1,x", "1,2,3"])
+def test_weights_that_do_not_fit_are_wrong_usage(
+    weights: str, base: Path, peft_folder: Path, tmp_path: Path, run: Callable[..., Any]
+) -> None:
+    ran = run("merge", base, peft_folder, peft_folder, tmp_path / "merged", "--weights", weights)
+    assert ran.code == 2
+    assert "--weights" in ran.err
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_dry_run_says_what_would_be_done_and_writes_nothing(
+    base: Path, peft_folder: Path, tmp_path: Path, run: Callable[..., Any]
+) -> None:
+    before = {path.name for path in tmp_path.iterdir()}
+    args = ("merge", base, peft_folder, tmp_path / "merged", "--dry-run", "--workers", "2", "--device", "cpu")
+    ran = run(*args)
+    assert ran.code == 0, ran.err
+    assert "nothing was written\n" in ran.out
+    assert "  changed      4 of 6 tensors\n" in ran.out
+    assert "  device       cpu\n" in ran.out
+    ran = run(*args, "--json")
+    size = sum(path.stat().st_size for path in base.glob("*.safetensors"))
+    assert ran.json["bytes_written"] == size
+    assert ran.json["bytes_read"] == sum(tensor.nbytes for tensor in weights_in(base).values())
+    assert ran.json["workers"] == 2
+    assert ran.json["memory"] > 0
+    assert sorted(ran.json["edits"]) == sorted(NAMES)
+    assert {path.name for path in tmp_path.iterdir()} == before
+
+
+def test_a_dry_run_finds_that_the_destination_is_taken(
+    base: Path, peft_folder: Path, tmp_path: Path, run: Callable[..., Any]
+) -> None:
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged" / "thesis.txt").write_text("mine")
+    ran = run("merge", base, peft_folder, tmp_path / "merged", "--dry-run")
+    assert ran.code == 1
+    assert "--overwrite" in ran.err
+
+
+def test_a_dtype_casts_every_tensor(
+    base: Path, peft_folder: Path, plain: Adapter, tmp_path: Path, run: Callable[..., Any]
+) -> None:
+    ran = run("merge", base, peft_folder, tmp_path / "merged", "--dtype", "f32")
+    assert ran.code == 0, ran.err
+    found = weights_in(tmp_path / "merged")
+    assert {tensor.dtype for tensor in found.values()} == {torch.float32}
+    for module in plain.modules:
+        name = f"{module.target.parameter}.weight"
+        wanted = weights_in(base)[name].double() + module.delta_weight(dtype=torch.float64)
+        assert_rounded_once(found[name], wanted, torch.float32)
+    index = json.loads((tmp_path / "merged" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in found.values())
+
+
+def test_overwrite_replaces_an_earlier_merge_alone(
+    base: Path, peft_folder: Path, plain: Adapter, tmp_path: Path, run: Callable[..., Any]
+) -> None:
+    assert run("merge", base, peft_folder, tmp_path / "merged", "--weights", "2", "-q").out == ""
+    refused = run("merge", base, peft_folder, tmp_path / "merged")
+    assert refused.code == 1
+    assert "exists" in refused.err
+    assert_merged(tmp_path / "merged", base, plain, 2.0)
+    assert run("merge", base, peft_folder, tmp_path / "merged", "--overwrite").code == 0
+    assert_merged(tmp_path / "merged", base, plain)
+    ran = run("merge", base, peft_folder, base, "--overwrite")
+    assert ran.code == 1
+    assert "never written to" in ran.err
+
+
+def test_a_module_without_a_weight_is_an_error_unless_it_may_be_left_out(
+    base: Path, plain: Adapter, tmp_path: Path, run: Callable[..., Any]
+) -> None:
+    odd = adaptertools.write(plain, tmp_path / "odd", format="peft").path
+    tensors = load_file(odd / "adapter_model.safetensors")
+    renamed = {name.replace("layers.1.self_attn.v_proj", "layers.7.self_attn.v_proj"): t for name, t in tensors.items()}
+    save_file(renamed, odd / "adapter_model.safetensors")
+    ran = run("merge", base, odd, tmp_path / "merged")
+    assert ran.code == 1
+    assert "layers.7" in ran.err
+    assert not (tmp_path / "merged").exists()
+    ran = run("merge", base, odd, tmp_path / "merged", "--allow-unmatched")
+    assert ran.code == 0, ran.err
+    assert "  left out     1: " in ran.out
+    assert "  changed      3 of 6 tensors" in ran.out
+
+
+def test_a_merge_that_stopped_exits_with_3_and_the_same_command_goes_on(
+    base: Path, peft_folder: Path, plain: Adapter, tmp_path: Path, run: Callable[..., Any]
+) -> None:
+    original, calls = os.pwrite, 0
+
+    def failing(*args: Any) -> int:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise OSError(errno.EIO, "broken")
+        return original(*args)
+
+    command = ("merge", base, peft_folder, tmp_path / "merged", "--workers", "1")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "pwrite", failing)
+        ran = run(*command)
+    assert ran.code == 3
+    assert "goes on from there" in ran.err
+    assert not (tmp_path / "merged").exists()
+    ran = run(*command)
+    assert ran.code == 0, ran.err
+    assert "  resumed      1 file finished by a run before\n" in ran.out
+    assert_merged(tmp_path / "merged", base, plain)
+
+
+@pytest.mark.parametrize("memory", ["1kB", "lots"])
+def test_memory_that_is_too_little_or_no_size_is_wrong_usage(
+    memory: str, base: Path, peft_folder: Path, tmp_path: Path, run: Callable[..., Any]
+) -> None:
+    ran = run("merge", base, peft_folder, tmp_path / "merged", "--max-memory", memory)
+    assert ran.code == 2
+    assert not (tmp_path / "merged").exists()
+
+
+def test_neither_workers_nor_memory_change_a_byte(
+    base: Path, peft_folder: Path, tmp_path: Path, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", {"cpu": 50})
+    for name, options in {"one": ["--workers", "1"], "two": ["--workers", "5", "--max-memory", "1GB"]}.items():
+        assert run("merge", base, peft_folder, tmp_path / name, *options).code == 0
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")

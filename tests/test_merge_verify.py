@@ -1,0 +1,483 @@
+"""`verify` proves right merges, and finds what is wrong with the others."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Ran
+from merged_models import merge, read_adapter, save_adapter, save_base, save_model, weights_in
+from peft_cases import CASES, make_base, quiet
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import adaptertools
+from adaptertools.adapter import Adapter, LoraModule, Target
+from adaptertools.errors import SourceNotFoundError
+from adaptertools.merging.coefficients import Moments, fit
+from adaptertools.merging.comparison import Comparison
+from adaptertools.merging.edits import Edit, Renormalization, Update
+from adaptertools.merging.kernels import prepare
+from adaptertools.merging.reference import Reference
+from adaptertools.merging.verify import Verification
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*invalid shape.*lora_B.bias"),  # peft 0.21 takes a bias for a factor
+    pytest.mark.filterwarnings("ignore:.*_pattern keys did not match.*:RuntimeWarning"),  # it overlooks parameters
+]
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bf16 Llama in shards, two adapters of PEFT on it, and our merge of both."""
+    folder = tmp_path_factory.mktemp("llama")
+    save_base("llama", folder / "base", torch.bfloat16)
+    save_adapter("llama", folder / "one")
+    save_adapter("llama_patterns", folder / "other")
+    merge(folder / "base", adapters_in(folder), folder / "merged", [1.0, 0.5])
+    return folder
+
+
+@pytest.fixture
+def copy(llama: Path, tmp_path: Path) -> Path:
+    """The merge of both, to be spoiled."""
+    return Path(shutil.copytree(llama / "merged", tmp_path / "merged"))
+
+
+def adapters_in(folder: Path) -> list[Adapter]:
+    """The two adapters; the second has other factors, so that the two are not alike."""
+    one, other = (read_adapter(folder / name, folder / "base") for name in ("one", "other"))
+    return [one, other.map_modules(turned)]
+
+
+def turned(module: LoraModule) -> LoraModule:
+    return replace(module, lora_A=module.lora_A.flip(-1), lora_B=module.lora_B.flip(-2))
+
+
+def verified(llama: Path, merged: Path, weights: list[float] | None = None, **options: Any) -> Verification:
+    return adaptertools.verify_merge(
+        llama / "base", adapters_in(llama), merged, weights or [1.0, 0.5], device="cpu", **options
+    )
+
+
+def shard_with(folder: Path, name: str) -> Path:
+    return next(path for path in sorted(folder.glob("*.safetensors")) if name in load_file(path))
+
+
+def change(folder: Path, name: str, edit: Callable[[Tensor], Tensor | None]) -> None:
+    """Replace one tensor of a model, or take it out of its shard and index."""
+    shard = shard_with(folder, name)
+    tensors = load_file(shard)
+    new = edit(tensors.pop(name).clone())
+    if new is not None:
+        tensors[name] = new
+    save_file(tensors, shard, metadata={"format": "pt"})
+    index = folder / "model.safetensors.index.json"
+    if new is None and index.exists():
+        document = json.loads(index.read_text())
+        del document["weight_map"][name]
+        index.write_text(json.dumps(document))
+
+
+# --------------------------------------------------------------------------------------------------- what is right
+
+
+def test_a_right_merge_is_proven(llama: Path) -> None:
+    found = verified(llama, llama / "merged")
+    assert found.ok, (found.problems, found.wrong)
+    assert not found.by_other_tool
+    assert {each.name for each in found.tensors} == set(weights_in(llama / "base"))
+    assert sum(each.computed for each in found.tensors) == 14
+    assert all(each.roundings <= 1.0 for each in found.tensors)
+    assert sum(each.elements for each in found.tensors) == sum(t.numel() for t in weights_in(llama / "base").values())
+    assert [each.verdict for each in found.coefficients] == ["once", "once"]
+    assert [each.found for each in found.coefficients] == pytest.approx([1.0, 1.0], abs=0.01)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case not in ("alora", "gpt2_mixed")])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)], ids=["bf16", "f32"]
+)
+def test_our_merge_of_every_kind_is_proven(case: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    base = save_base(case, tmp_path / "base", dtype)
+    save_adapter(case, tmp_path / "adapter")
+    adapter = read_adapter(tmp_path / "adapter", base)
+    merged = merge(base, [adapter], tmp_path / "merged", [0.75])
+    found = adaptertools.verify_merge(base, [adapter], merged, [0.75], device="cpu")
+    assert found.ok, (found.problems, found.wrong)
+    assert [each.verdict for each in found.coefficients] == ["once"]
+
+
+@pytest.mark.parametrize("options", [{"dtype": torch.float16}, {"dtype": torch.float32}], ids=["f16", "f32"])
+def test_a_merge_into_another_dtype_is_proven_without_saying_which(options: dict[str, Any], tmp_path: Path) -> None:
+    base = save_base("llama", tmp_path / "base", torch.bfloat16)
+    save_adapter("llama", tmp_path / "adapter")
+    adapter = read_adapter(tmp_path / "adapter", base)
+    merged = merge(base, [adapter], tmp_path / "merged", **options)
+    assert {t.dtype for t in weights_in(merged).values()} == {options["dtype"]}
+    assert adaptertools.verify_merge(base, [adapter], merged, device="cpu").ok
+
+
+def test_an_untied_head_is_proven_without_saying_so(tmp_path: Path) -> None:
+    base = save_base("gpt2_mixed", tmp_path / "base")
+    save_adapter("gpt2_mixed", tmp_path / "adapter")
+    adapter = read_adapter(tmp_path / "adapter", base)
+    merged = merge(base, [adapter], tmp_path / "merged", untie=True)
+    assert adaptertools.verify_merge(base, [adapter], merged, device="cpu").ok
+
+
+@pytest.mark.parametrize("case", ["llama", "gpt2", "bert", "moe_transposed", "embedding", "dora", "attention"])
+def test_a_merge_by_peft_is_proven(case: str, tmp_path: Path) -> None:
+    base = save_base(case, tmp_path / "base")
+    model = save_adapter(case, tmp_path / "adapter")
+    with quiet():
+        theirs = save_model(model.merge_and_unload(), tmp_path / "theirs")
+    found = adaptertools.verify_merge(base, [read_adapter(tmp_path / "adapter", base)], theirs, device="cpu")
+    assert found.ok, (found.problems, found.wrong)
+    assert found.by_other_tool
+    assert [each.verdict for each in found.coefficients] == ["once"]
+
+
+@pytest.mark.parametrize("safe", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
+def test_a_merge_by_peft_in_half_precision_may_round_twice(dtype: torch.dtype, safe: bool, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    base = save_base("llama", tmp_path / "base", dtype)
+    save_adapter("llama", tmp_path / "adapter")
+    with quiet():
+        model = PeftModel.from_pretrained(make_base("llama").to(dtype), tmp_path / "adapter")
+        theirs = save_model(model.merge_and_unload(safe_merge=safe), tmp_path / "theirs")
+    adapter = read_adapter(tmp_path / "adapter", base)
+    assert adaptertools.verify_merge(base, [adapter], theirs, device="cpu").ok
+    shutil.copy(merge(base, [adapter], tmp_path / "ours") / "adaptertools_merge.json", theirs)
+    strictly = adaptertools.verify_merge(base, [adapter], theirs, device="cpu")
+    assert bool(strictly.wrong) is safe, "only safe_merge rounds the delta weight first"
+
+
+def test_modules_that_were_left_out_are_named(llama: Path, tmp_path: Path) -> None:
+    one = adapters_in(llama)[0]
+    odd = replace(one.modules[0], target=Target(parameter="elsewhere.entirely"))
+    with_odd = replace(one, modules=(*one.modules, odd))
+    merged = merge(llama / "base", [with_odd], tmp_path / "merged", allow_unmatched=True)
+    found = adaptertools.verify_merge(llama / "base", [with_odd], merged, allow_unmatched=True, device="cpu")
+    assert found.ok
+    assert "elsewhere.entirely" in found.notes[0]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_the_gpu_finds_what_the_cpu_finds(llama: Path, tmp_path: Path) -> None:
+    wrong = merge(llama / "base", adapters_in(llama), tmp_path / "wrong", [1.0, 0.25])
+    for merged in (llama / "merged", wrong):
+        here = verified(llama, merged)
+        there = adaptertools.verify_merge(llama / "base", adapters_in(llama), merged, [1.0, 0.5], device="cuda")
+        assert here.ok == there.ok == (merged != wrong)
+        assert {each.name for each in here.wrong} == {each.name for each in there.wrong}
+        fitted = [each.found for each in here.coefficients]
+        assert [each.found for each in there.coefficients] == pytest.approx(fitted, rel=1e-9)
+
+
+# --------------------------------------------------------------------------------------------------- what is wrong
+
+
+def flip(tensor: Tensor, element: int, bit: int = 0) -> Tensor:
+    bits = tensor.reshape(-1).view(torch.int16)
+    bits[element] ^= 1 << bit
+    return bits.view(tensor.dtype).reshape(tensor.shape)
+
+
+@pytest.mark.parametrize("element", [0, 100, 255])
+def test_a_flipped_bit_in_an_untouched_tensor_is_found(element: int, llama: Path, copy: Path) -> None:
+    change(copy, "model.embed_tokens.weight", lambda tensor: flip(tensor, element))
+    found = verified(llama, copy)
+    assert not found.ok
+    assert [(each.name, each.wrong) for each in found.wrong] == [("model.embed_tokens.weight", 1)]
+
+
+@pytest.mark.parametrize("element", [0, 77, 255])
+@pytest.mark.parametrize("bit", [0, 3, 14, 15])
+def test_a_flipped_bit_in_a_merged_tensor_is_found(element: int, bit: int, llama: Path, copy: Path) -> None:
+    name = "model.layers.1.self_attn.q_proj.weight"
+    change(copy, name, lambda tensor: flip(tensor, element, bit))
+    found = verified(llama, copy)
+    assert [(each.name, each.wrong) for each in found.wrong] == [(name, 1)]
+    assert found.worst[0].name == name
+    assert found.worst[0].roundings > 1.0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_value_that_is_no_number_is_found(value: float, llama: Path, copy: Path) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+
+    def spoil(tensor: Tensor) -> Tensor:
+        tensor[3, 2] = value
+        return tensor
+
+    change(copy, name, spoil)
+    found = verified(llama, copy)
+    assert [(each.name, each.wrong) for each in found.wrong] == [(name, 1)]
+    assert found.worst[0].roundings == float("inf")
+
+
+def test_a_missing_tensor_an_extra_one_and_one_of_another_shape_are_found(llama: Path, copy: Path) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    change(copy, name, lambda _: None)
+    assert any(name in problem and "missing" in problem for problem in verified(llama, copy).problems)
+    change(copy, "model.norm.weight", lambda tensor: tensor[:-1].clone())
+    assert any("model.norm.weight is (15,)" in problem for problem in verified(llama, copy).problems)
+    change(copy, "lm_head.weight", lambda tensor: tensor.float())
+    assert any("lm_head.weight is (32, 16) in f32" in problem for problem in verified(llama, copy).problems)
+    shard = shard_with(copy, "lm_head.weight")
+    save_file({**load_file(shard), "more.weight": torch.zeros(2)}, shard)
+    index = copy / "model.safetensors.index.json"
+    document = json.loads(index.read_text())
+    document["weight_map"]["more.weight"] = shard.name
+    index.write_text(json.dumps(document))
+    assert any("more.weight" in problem for problem in verified(llama, copy).problems)
+
+
+def test_an_index_that_lies_is_found(llama: Path, copy: Path) -> None:
+    index = copy / "model.safetensors.index.json"
+    document = json.loads(index.read_text())
+    index.write_text(json.dumps({**document, "metadata": {"total_size": 17}}))
+    assert any("total_size of 17" in problem for problem in verified(llama, copy).problems)
+    name, shard = next(iter(document["weight_map"].items()))
+    other = next(file for file in document["weight_map"].values() if file != shard)
+    index.write_text(json.dumps({**document, "weight_map": {**document["weight_map"], name: other}}))
+    assert any(name in problem for problem in verified(llama, copy).problems)
+
+
+def test_a_shard_that_is_gone_or_cut_off_is_found(llama: Path, copy: Path) -> None:
+    shard = sorted(copy.glob("*.safetensors"))[0]
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-10])
+    assert any(shard.name in problem for problem in verified(llama, copy).problems)
+    shard.unlink()
+    assert any(shard.name in problem for problem in verified(llama, copy).problems)
+    with pytest.raises(SourceNotFoundError):
+        verified(llama, copy / "nowhere")
+
+
+def test_a_changed_configuration_and_strange_files_are_found(llama: Path, copy: Path) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "rope_theta": 17, "vocab_size": 33}))
+    shutil.copy(sorted(copy.glob("*.safetensors"))[0], copy / "old.safetensors")
+    (copy / "generation_config.json").write_text("{}")
+    problems = "; ".join(verified(llama, copy).problems)
+    assert "vocab_size is 33, expected 32" in problems
+    assert "rope_theta is 17" in problems
+    assert "old.safetensors" in problems
+    assert "generation_config.json" in problems
+
+
+# ------------------------------------------------------------------------------------------ how often it was applied
+
+
+@pytest.mark.parametrize(
+    ("applied", "verdicts", "coefficients"),
+    [
+        ([1.0, 0.5], ["once", "once"], [1, 1]),
+        ([2.0, 0.5], ["twice", "once"], [2, 1]),
+        ([1.0, 1.0], ["once", "twice"], [1, 2]),
+        ([1.0, 0.0], ["once", "not at all"], [1, 0]),
+        ([0.0, 0.0], ["not at all", "not at all"], [0, 0]),
+        ([0.25, 0.5], ["another weight", "once"], [0.25, 1]),
+        ([-1.0, 0.5], ["another weight", "once"], [-1, 1]),
+    ],
+    ids=str,
+)
+def test_how_often_each_adapter_was_applied_is_told(
+    applied: list[float], verdicts: list[str], coefficients: list[float], llama: Path, tmp_path: Path
+) -> None:
+    adapters = adapters_in(llama)
+    chosen = [(adapter, weight) for adapter, weight in zip(adapters, applied, strict=True) if weight]
+    merged = llama / "base"
+    if chosen:
+        merged = merge(
+            llama / "base", [one for one, _ in chosen], tmp_path / "merged", [weight for _, weight in chosen]
+        )
+    found = verified(llama, merged)
+    assert found.ok is (applied == [1.0, 0.5])
+    assert [each.verdict for each in found.coefficients] == verdicts
+    assert [each.found for each in found.coefficients] == pytest.approx(coefficients, abs=0.02)
+
+
+def test_a_merge_on_top_of_a_merge_is_told_as_twice(llama: Path, tmp_path: Path) -> None:
+    one = adapters_in(llama)[0]
+    once = merge(llama / "base", [one], tmp_path / "once")
+    twice = merge(once, [one], tmp_path / "twice")
+    found = adaptertools.verify_merge(llama / "base", [one], twice, device="cpu")
+    assert not found.ok
+    assert [each.verdict for each in found.coefficients] == ["twice"]
+
+
+def test_coefficients_of_adapters_that_cannot_be_told_apart_are_not_made_up() -> None:
+    torch.manual_seed(0)
+    first, second = torch.randn(2, 500, dtype=torch.float64)
+    deltas = torch.stack([first, second, first * -3, torch.zeros(500)])
+    found = 2 * first + 0.5 * second
+    moments = Moments(gram=deltas @ deltas.T, found=deltas @ found, expected=deltas @ deltas.sum(0))
+    told = fit(moments, "abcd", [1.0] * 4)
+    assert [each.found for each in told] == [None, pytest.approx(0.5), None, None]
+    assert [each.verdict for each in told] == ["cannot tell", "another weight", "cannot tell", "cannot tell"]
+    assert fit(Moments.zero(2), "ab", [1.0, 1.0])[1].verdict == "cannot tell"
+
+
+def test_what_rounding_takes_is_not_held_against_a_merge(tmp_path: Path) -> None:
+    base = save_base("llama", tmp_path / "base", torch.bfloat16)
+    save_adapter("llama", tmp_path / "adapter")
+    adapter = read_adapter(tmp_path / "adapter", base)
+    small = [1e-6]
+    merged = merge(base, [adapter], tmp_path / "merged", small)
+    found = adaptertools.verify_merge(base, [adapter], merged, small, device="cpu")
+    assert found.ok
+    (coefficient,) = found.coefficients
+    assert coefficient.expected == coefficient.found < 0.3
+    assert coefficient.verdict == "cannot tell"
+
+
+# ------------------------------------------------------------------------------------------------------- the reference
+
+
+def edit_of(kind: str, dtype: torch.dtype) -> tuple[Edit, Tensor, Tensor]:
+    """An edit, its weight, and what comes out in dense float64."""
+    torch.manual_seed(3)
+    weight = torch.randn(40, 24).to(dtype)
+    left, right = torch.randn(16, 3), torch.randn(3, 12)
+    update = Update(source=0, target="q", left=left, right=right, scale=0.5, row=8, column=6)
+    whole = Update(source=1, target="p", left=torch.randn(40, 2), right=torch.randn(2, 24), scale=-1.5)
+    dense = weight.double().clone()
+    changes: dict[str, Any] = {}
+    if kind == "updates":
+        changes["updates"] = (update, whole)
+        dense = dense - 1.5 * whole.left.double() @ whole.right.double()
+        dense[8:24, 6:18] += 0.5 * left.double() @ right.double()
+    elif kind == "rows":
+        rows = torch.randn(2, 24)
+        changes |= {"rows": (((39, 0), rows),), "updates": (whole,)}
+        dense[[39, 0]] = rows.double()
+        dense = dense - 1.5 * whole.left.double() @ whole.right.double()
+    else:
+        over_columns = kind == "dora"
+        magnitude = torch.rand(16 if over_columns else 12) + 0.5
+        axis = "row" if over_columns else "column"
+        changes["renormalizations"] = (Renormalization(update=update, weight=0.7, magnitude=magnitude, axis=axis),)
+        old = dense[8:24, 6:18].clone()
+        new = old + 0.5 * left.double() @ right.double()
+        norm = new.norm(dim=1 if over_columns else 0, keepdim=True)
+        magnitude = magnitude.double().unsqueeze(1) if over_columns else magnitude.double()
+        dense[8:24, 6:18] += 0.7 * (magnitude * new / norm - old)
+    edit = Edit(name="w", source="w", shape=(40, 24), matrix=(40, 24), dtype=dtype, **changes)
+    return edit, weight, dense
+
+
+KINDS = ["updates", "rows", "dora", "dora over rows"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("block", [1, 7, 40])
+def test_the_reference_is_the_dense_sum_whatever_the_blocks(
+    kind: str, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edit, weight, dense = edit_of(kind, torch.float32)
+    monkeypatch.setattr("adaptertools.merging.reference.BLOCK_ELEMENTS", 24 * block)
+    reference = Reference(edit, weight, CPU)
+    assert reference.block_rows == block
+    found = torch.cat([reference.rows(start, min(start + block, 40)).value for start in range(0, 40, block)])
+    assert (found - dense).abs().max() <= 1e-13
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+def test_the_kernel_is_within_the_doubt_of_the_reference(kind: str, dtype: torch.dtype) -> None:
+    edit, weight, dense = edit_of(kind, dtype)
+    prepared = prepare(edit, CPU)
+    if edit.rows:
+        weight = weight.clone()
+        for indices, rows in edit.rows:
+            weight[list(indices)] = rows.to(dtype)
+    if prepared.wants_norms:
+        prepared.measure(weight, 0)
+        prepared.settle()
+    found = prepared.merged(weight, 0)
+    exact = Reference(edit, weight, CPU).rows(0, 40)
+    off = (found.double() - dense).abs()
+    limit = exact.doubt + torch.finfo(dtype).eps / 2 * dense.abs() * 1.001
+    if not edit.rows:  # trained rows meet the weights in the dtype that the kernel was given
+        assert (off <= limit).all()
+    assert (exact.doubt <= 1e-4).all(), "a doubt that forgives everything proves nothing"
+
+
+def test_the_doubt_is_far_below_a_rounding_to_bf16() -> None:
+    edit, weight, dense = edit_of("updates", torch.bfloat16)
+    doubt = Reference(edit, weight, CPU).rows(0, 40).doubt
+    assert float((doubt / dense.abs().clamp_min(0.1)).max()) < 2.0**-9 / 4
+
+
+def test_memory_stays_within_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    rows = Reference.rows
+
+    def counted(self: Reference, start: int, stop: int) -> Any:
+        seen.append((stop - start) * self.edit.matrix[1])
+        return rows(self, start, stop)
+
+    monkeypatch.setattr(Reference, "rows", counted)
+    monkeypatch.setattr("adaptertools.merging.reference.BLOCK_ELEMENTS", 100)
+    edit, weight, _ = edit_of("updates", torch.float32)
+
+    class Files:
+        def tensor(self, name: str) -> Tensor:
+            return weight
+
+    class Plan:
+        edits = {"w": edit}  # noqa: RUF012
+        sources = ("a", "b")
+        base = Files()
+
+    comparison = Comparison(Plan(), Files(), CPU, ours=True)  # type: ignore[arg-type]
+    pieces = list(comparison._pieces("w"))
+    for piece in pieces:
+        piece.check(piece.start, piece.stop)
+    assert len(pieces) == 10
+    assert max(seen) <= 100
+
+
+# -------------------------------------------------------------------------------------------------- the command line
+
+
+def test_the_command_line_exits_with_0_or_4(llama: Path, copy: Path, run: Callable[..., Ran]) -> None:
+    places = (llama / "base", llama / "one", copy)
+    merge(llama / "base", [adapters_in(llama)[0]], copy.parent / "right")
+    right = run("verify", llama / "base", llama / "one", copy.parent / "right", "--device", "cpu")
+    assert (right.code, right.err) == (0, "")
+    assert "applied once" in right.out
+    wrong = run("verify", *places, "--device", "cpu")
+    assert wrong.code == 4
+    assert "not" in wrong.out.splitlines()[0]
+    document = run("verify", *places, "--device", "cpu", "--json")
+    assert document.code == 4
+    assert document.json["ok"] is False
+    assert document.json["wrong"]
+    assert document.json["adapters"][0]["verdict"] == "once"
+    assert run("verify", *places, "-q").out == ""
+    assert run("verify", llama / "base", llama / "one", copy.parent / "nowhere").code == 1
+
+
+def test_weights_on_the_command_line_are_those_of_the_merge(
+    llama: Path, tmp_path: Path, run: Callable[..., Ran]
+) -> None:
+    adapter = adapters_in(llama)[0]
+    merged = merge(llama / "base", [adapter, adapter], tmp_path / "merged", [0.5, 0.25])
+    names = (llama / "base", llama / "one", llama / "one", merged)
+    assert run("verify", *names, "--weights", "0.5,0.25").code == 0
+    assert run("verify", *names).code == 4
+    assert run("verify", *names, "--weights", "0.5").code == 2
