@@ -79,11 +79,12 @@ def command(
     from adaptertools import api, formats
     from adaptertools.adapter import merge_notes
     from adaptertools.cli._progress import progress
+    from adaptertools.cli._values import parse_weights
     from adaptertools.destination import check_destination
     from adaptertools.operations.stack import stack
 
     *srcs, dst = _places(paths)
-    given = _weights(weights, len(srcs))
+    given = parse_weights(weights, len(srcs))
     read = [api.give_up(adapter, writing.drop) for adapter in sources.read_all(srcs)]
     adapters, dropped = [adapter for adapter, _ in read], merge_notes(*(names for _, names in read))
     how = writing.arguments_like(adapters[0]) if to is None else {**writing.arguments(to), "format": to}
@@ -117,21 +118,6 @@ def _places(paths: Sequence[str]) -> Sequence[str]:
     if len(paths) < 3:
         raise click.UsageError("Expected two sources at least, and a destination: SRC SRC... DST.")
     return paths
-
-
-def _weights(text: str | None, count: int) -> list[float] | None:
-    """Raises: OptionError"""
-    from adaptertools.errors import OptionError
-
-    if text is None:
-        return None
-    try:
-        weights = [float(part) for part in text.split(",")]
-    except ValueError:
-        raise OptionError(f"--weights {text}: expected numbers with commas between, such as 0.7,0.3,-1") from None
-    if len(weights) != count:
-        raise OptionError(f"--weights {text}: {len(weights)} weights for {count} sources; give one for each, in order")
-    return weights
 
 
 def _text(srcs: Sequence[str], stacked: "Stacked", report: "WriteReport") -> str:
