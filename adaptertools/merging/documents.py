@@ -26,8 +26,12 @@ def beside(plan: MergePlan) -> tuple[str, ...]:
 def write_documents(plan: MergePlan, folder: Path, record: Mapping[str, Any], *, flush: bool) -> None:
     """Write them into the folder; what makes a model of it, the configuration, at the very end.
 
+    A configuration that a killed run left goes first, so that there is none beside a file in the making.
+
     Raises: DestinationError
     """
+    with explained(folder):
+        (folder / _CONFIG).unlink(missing_ok=True)
     moved = {name: plan.base.folder / name for name in _moved(plan)}
     contents = {**_made(plan), NAME: format_json(record).encode()}
     for name in sorted({**moved, **contents}, key=lambda name: name == _CONFIG):
