@@ -11,11 +11,9 @@ from adaptertools.containers.jsonfile import format_json, read_json
 from adaptertools.containers.tensorfile import reading
 from adaptertools.merging.plan import MergePlan
 from adaptertools.merging.record import NAME
-from adaptertools.merging.resume import PART
+from adaptertools.merging.resume import CONFIG, PART
 from adaptertools.merging.shards import index_file
 from adaptertools.merging.workers import copy_range
-
-_CONFIG = "config.json"
 
 
 def beside(plan: MergePlan) -> tuple[str, ...]:
@@ -31,10 +29,10 @@ def write_documents(plan: MergePlan, folder: Path, record: Mapping[str, Any], *,
     Raises: DestinationError
     """
     with explained(folder):
-        (folder / _CONFIG).unlink(missing_ok=True)
+        (folder / CONFIG).unlink(missing_ok=True)
     moved = {name: plan.base.folder / name for name in _moved(plan)}
     contents = {**_made(plan), NAME: format_json(record).encode()}
-    for name in sorted({**moved, **contents}, key=lambda name: name == _CONFIG):
+    for name in sorted({**moved, **contents}, key=lambda name: name == CONFIG):
         target = folder / name
         with explained(target):
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +58,7 @@ def _made(plan: MergePlan) -> dict[str, bytes]:
         name, document = index
         made[name] = _base_index(plan) if document is None else _in_order(document)
     if plan.config:
-        made[_CONFIG] = _in_order({**read_json(plan.base.folder / _CONFIG), **plan.config})
+        made[CONFIG] = _in_order({**read_json(plan.base.folder / CONFIG), **plan.config})
     return made
 
 

@@ -25,7 +25,12 @@ from adaptertools.merging.shards import Layout
 _RECIPE, _FINISHED = "recipe.json", "finished.json"
 _RECORDS, _RESULT = "records", "result"
 _ASIDE = f"{_RESULT}-old"
+_INCOMING = "incoming"
+_SENT = "sent"
 _NEW = ".new"
+
+CONFIG = "config.json"
+"""What makes a model of a folder of weights."""
 
 PART = ".part"
 """What the name of a file ends in as long as it is in the making."""
@@ -48,6 +53,11 @@ class Staging:
         """Where the files of the result are."""
         return self.dst if self._in_place() else self.folder / _RESULT
 
+    @property
+    def incoming(self) -> Path:
+        """Where files of the base are that are here for this merge alone."""
+        return self.folder / _INCOMING
+
     def part(self, layout: Layout) -> Path:
         """The file in the making."""
         return self.result / (layout.name + PART)
@@ -55,13 +65,38 @@ class Staging:
     def finished(self, layout: Layout) -> dict[str, Statistics] | None:
         """What a finished file's record says of its tensors; None if the file is not finished."""
         try:
-            record = json.loads((self._records / f"{layout.name}.json").read_text())
-            found = (self.result / layout.name).stat()
-            if [found.st_size, found.st_mtime_ns] != record["file"] or found.st_size != layout.size:
+            record = self._record(layout)
+            if record["file"][0] != layout.size:
                 return None
+            if _SENT not in record:
+                found = (self.result / layout.name).stat()
+                if [found.st_size, found.st_mtime_ns] != record["file"]:
+                    return None
             return {name: Statistics(**sums) for name, sums in record["statistics"].items()}
         except (OSError, ValueError, KeyError, TypeError):
             return None
+
+    def sent(self, layout: Layout) -> dict[str, Any] | None:
+        """What is known of a finished file that was sent on; it need not be here any more."""
+        try:
+            sent = self._record(layout)[_SENT]
+            return sent if isinstance(sent, dict) else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def note_sent(self, layout: Layout, sent: Mapping[str, Any]) -> None:
+        """Remember that a finished file was sent on.
+
+        Raises: DestinationError
+        """
+        self._write(self._record_file(layout), {**self._record(layout), _SENT: dict(sent)})
+
+    def _record_file(self, layout: Layout) -> Path:
+        return self._records / f"{layout.name}.json"
+
+    def _record(self, layout: Layout) -> dict[str, Any]:
+        record: dict[str, Any] = json.loads(self._record_file(layout).read_text())
+        return record
 
     def anything_finished(self) -> bool:
         """Whether there is a file that need not be made again."""
@@ -94,7 +129,7 @@ class Staging:
             "file": [found.st_size, found.st_mtime_ns],
             "statistics": {name: asdict(sums) for name, sums in statistics.items()},
         }
-        self._write(self._records / f"{layout.name}.json", record)
+        self._write(self._record_file(layout), record)
 
     def publish(self, dropped: tuple[str, ...]) -> None:
         """Make the result the destination in one step; of an old one, the files of these patterns go.
@@ -108,7 +143,7 @@ class Staging:
     def remove(self) -> None:
         """Clear the folder away, the weights first: as long as there is a recipe, a killed run can say what it did."""
         for name in (_RESULT, _ASIDE):
-            shutil.rmtree(self.folder / name, ignore_errors=True)
+            _clear(self.folder / name)
         with suppress(OSError):
             (self.folder / _RECIPE).unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -129,7 +164,7 @@ class Staging:
         for part in (self.folder / _RESULT).glob(f"*{PART}"):
             with suppress(OSError):
                 part.unlink()
-        if self._recipe() is None or not self.anything_finished():
+        if self._recipe() is None or not (self.anything_finished() or self.incoming.exists()):
             self.remove()
 
     def begin(self, recipe: str) -> None:
@@ -142,7 +177,7 @@ class Staging:
                 for name in (_FINISHED, _RECIPE):  # first, so that what is left is never taken for another's
                     (self.folder / name).unlink(missing_ok=True)
                 for name in (_RECORDS, _RESULT, _ASIDE):
-                    shutil.rmtree(self.folder / name, ignore_errors=True)
+                    _clear(self.folder / name)
                 self._write(self.folder / _RECIPE, {"recipe": recipe})
             (self.folder / _RESULT).mkdir(exist_ok=True)
             self._records.mkdir(exist_ok=True)
@@ -163,6 +198,13 @@ class Staging:
                 new.write_text(format_json(document))
         with explained(path):
             new.replace(path)
+
+
+def _clear(folder: Path) -> None:
+    """Remove a folder; its configuration first, so that at no moment half a model looks like one."""
+    with suppress(OSError):
+        (folder / CONFIG).unlink()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
@@ -218,7 +260,7 @@ def _opened(folder: Path) -> int:
 
 
 def _is_ours(folder: Path) -> bool:
-    known = {_RECIPE, _FINISHED, _RECORDS, _RESULT, _ASIDE, _RECIPE + _NEW, _FINISHED + _NEW}
+    known = {_RECIPE, _FINISHED, _RECORDS, _RESULT, _ASIDE, _INCOMING, _RECIPE + _NEW, _FINISHED + _NEW}
     try:
         return {entry.name for entry in folder.iterdir()} <= known
     except FileNotFoundError:
