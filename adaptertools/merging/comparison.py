@@ -13,6 +13,9 @@ from adaptertools.merging.plan import MergePlan
 from adaptertools.merging.reference import BLOCK_ELEMENTS, ExactRows, Reference
 from adaptertools.tensors import in_parallel
 
+_EXPONENT = 0x7FF0000000000000
+"""The bits of a float64 that make the power of two at or below it."""
+
 _CHUNK = 16 << 20
 """Bytes of an untouched tensor that are compared at a time."""
 
@@ -101,21 +104,39 @@ class Comparison:
 
     def _compare(self, edit: Edit, exact: ExactRows, found: Tensor) -> tuple[TensorCheck, Moments]:
         value, wide = exact.value, found.to(torch.float64)
-        doubt = exact.doubt if self._ours else exact.doubt + _roundings_between(exact, edit.dtype)
-        low, high = ((value - doubt).to(edit.dtype), (value + doubt).to(edit.dtype))
         rounded = value.to(edit.dtype)
-        right = ((low <= found) & (found <= high)) | (found == rounded) | (found.isnan() & value.isnan())
-        off = torch.where(found == rounded, (wide - value).abs().nan_to_num(0.0, 0.0), (wide - value).abs())
-        beyond = (off - exact.doubt).clamp_min(0.0) / _half_step(value, edit.dtype)
+        off = (wide - value).abs_().nan_to_num_(0.0, 0.0)
+        suspect = (found != rounded) & ~(found.isnan() & value.isnan())
+        beyond = off.sub(value.abs(), alpha=exact.epsilon).div_(_half_step(value, edit.dtype))
+        beyond[suspect] = 0.0
+        beyond.nan_to_num_(0.0, 0.0, 0.0)
         check = TensorCheck(
             name=edit.name,
             computed=True,
             elements=found.numel(),
+            roundings=max(float(beyond.max()), 0.0),
+            max_abs=float(off.max()),
+        )
+        if suspect.any():
+            rows, columns = suspect.nonzero().unbind(dim=1)
+            check = check.joined(self._suspected(edit, exact, rows, columns, found[suspect]))
+        return check, self._moments(exact, wide, rounded.to(torch.float64))
+
+    def _suspected(self, edit: Edit, exact: ExactRows, rows: Tensor, columns: Tensor, found: Tensor) -> TensorCheck:
+        """Elements that are not the rounded value: within what arithmetic may be off, or wrong."""
+        value = exact.value[rows, columns]
+        doubt = exact.doubt(rows, columns)
+        roomy = doubt if self._ours else doubt + _roundings_between(exact, rows, columns, edit.dtype)
+        right = ((value - roomy).to(edit.dtype) <= found) & (found <= (value + roomy).to(edit.dtype))
+        off = (found.to(torch.float64) - value).abs()
+        beyond = (off - doubt).clamp_min(0.0) / _half_step(value, edit.dtype)
+        return TensorCheck(
+            name=edit.name,
+            computed=True,
             wrong=int((~right).sum()),
             roundings=_largest(beyond, right),
             max_abs=_largest(off, right),
         )
-        return check, self._moments(exact, wide, rounded.to(torch.float64))
 
     def _moments(self, exact: ExactRows, found: Tensor, rounded: Tensor) -> Moments:
         moments = Moments.zero(len(self._plan.sources))
@@ -196,15 +217,16 @@ def _largest(off: Tensor, right: Tensor) -> float:
 def _half_step(value: Tensor, dtype: torch.dtype) -> Tensor:
     """Half the distance to the next number of the dtype: what one rounding may cost."""
     limits = torch.finfo(dtype)
-    exponent = torch.frexp(value.abs().clamp_min(limits.smallest_normal)).exponent
-    return torch.ldexp(torch.full_like(value, limits.eps / 4), exponent)
+    bits = value.abs().clamp_min_(limits.smallest_normal).view(torch.int64)
+    return bits.bitwise_and_(_EXPONENT).view(torch.float64).mul_(limits.eps / 2)
 
 
-def _roundings_between(exact: ExactRows, dtype: torch.dtype) -> Tensor:
+def _roundings_between(exact: ExactRows, rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
     """What the roundings before the last one may cost: of each delta weight, and of each sum but the final one."""
-    steps = torch.zeros_like(exact.before)
-    size = exact.before.abs()
-    for number, delta in enumerate(exact.deltas.values()):
+    size = exact.before[rows, columns].abs()
+    steps = torch.zeros_like(size)
+    for number, whole in enumerate(exact.deltas.values()):
+        delta = whole[rows, columns]
         if number:
             steps += _half_step(size, dtype)
         steps += _half_step(delta, dtype)

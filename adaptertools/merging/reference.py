@@ -3,7 +3,7 @@
 It shares no arithmetic with kernels.py, so that it can judge it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,21 +14,50 @@ from adaptertools.merging.edits import Edit, Renormalization, Update
 _DOUBT = 8
 """Epsilons of ‖row of left‖·‖column of right‖ that a product may be off: twice what float32 GEMMs are seen to be."""
 
-BLOCK_ELEMENTS = 1 << 18
-"""Elements of a block of rows; each worker holds about thirty such blocks in float64."""
+BLOCK_ELEMENTS = 1 << 16
+"""Elements of a block of rows; each worker holds about ten such blocks in float64, and these fit its cache."""
+
+_DEVICE_ELEMENTS = 1 << 23
+"""The same for a GPU, where each operation on a block costs a launch."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Doubt:
+    """What bounds the rounding of a product in a part of the block: `scale` · (|product| + _DOUBT · left · right).
+
+    `left` has a number for each row and `right` one for each column, or the two are one matrix and None.
+    """
+
+    inside: tuple[slice, slice]
+    scale: float
+    product: Tensor | None
+    left: Tensor
+    right: Tensor | None
+
+    def at(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """For these elements of the block, zero for those outside the part."""
+        down, across = self.inside
+        found = torch.zeros(len(rows), dtype=self.left.dtype, device=self.left.device)
+        within = (rows >= down.start) & (rows < down.stop) & (columns >= across.start) & (columns < across.stop)
+        row, column = rows[within] - down.start, columns[within] - across.start
+        bound = self.left[row, column] if self.right is None else self.left[row] * self.right[column]
+        size = 0.0 if self.product is None else self.product[row, column].abs()
+        found[within] = self.scale * (_DOUBT * bound + size)
+        return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ExactRows:
     """Rows of a tensor as they have to be, in float64.
 
-    `before` is what the delta weights are added to, `deltas` what each adapter adds, by its place among them. `doubt`
-    is how far arithmetic in float32 (float64 where a weight or factor is) may be from their sum before it is rounded.
+    `before` is what the delta weights are added to, `deltas` what each adapter adds, by its place among them.
     """
 
     before: Tensor
     deltas: Mapping[int, Tensor]
-    doubt: Tensor
+    doubts: Sequence[Doubt]
+    epsilon: float
+    """Of the arithmetic that makes a merge: float32, or float64 where a weight or a factor is."""
 
     @property
     def value(self) -> Tensor:
@@ -36,6 +65,13 @@ class ExactRows:
         for delta in self.deltas.values():
             total += delta
         return total
+
+    def doubt(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """How far a merge may be from the value of these elements before it is rounded."""
+        total = self.before[rows, columns].abs()
+        for each in self.doubts:
+            total += each.at(rows, columns)
+        return total * self.epsilon
 
 
 class Reference:
@@ -60,7 +96,8 @@ class Reference:
 
     @property
     def block_rows(self) -> int:
-        return max(1, BLOCK_ELEMENTS // max(1, self.edit.matrix[1]))
+        elements = BLOCK_ELEMENTS if self._device.type == "cpu" else _DEVICE_ELEMENTS
+        return max(1, elements // max(1, self.edit.matrix[1]))
 
     def rows(self, start: int, stop: int) -> ExactRows:
         """Rows `start` to `stop`.
@@ -69,18 +106,18 @@ class Reference:
         """
         before = self._before(start, stop)
         deltas: dict[int, Tensor] = {}
-        doubt = before.abs()
+        doubts = []
         for update in self.edit.updates:
-            inside, product, off = self._product(update, start, stop)
-            if product is not None:
-                _zeros(deltas, update.source, before)[inside] += update.scale * product
-                doubt[inside] += abs(update.scale) * (_DOUBT * off + product.abs())
+            if found := self._product(update, start, stop):
+                inside, product, left, right = found
+                _zeros(deltas, update.source, before)[inside].add_(product, alpha=update.scale)
+                doubts.append(Doubt(inside=inside, scale=abs(update.scale), product=product, left=left, right=right))
         for index, each in enumerate(self.edit.renormalizations):
-            inside, change, off = self._renormalized(index, each, before, start, stop)
-            if change is not None:
+            if renormalized := self._renormalized(index, each, before, start, stop):
+                inside, change, off = renormalized
                 _zeros(deltas, each.update.source, before)[inside] += change
-                doubt[inside] += _DOUBT * off
-        return ExactRows(before=before, deltas=deltas, doubt=doubt.mul_(self._epsilon))
+                doubts.append(Doubt(inside=inside, scale=1.0, product=None, left=off, right=None))
+        return ExactRows(before=before, deltas=deltas, doubts=doubts, epsilon=self._epsilon)
 
     def _before(self, start: int, stop: int) -> Tensor:
         """Rows of W in float64, trained rows in their place."""
@@ -91,24 +128,27 @@ class Reference:
                     rows[row - start] = values.to(rows)
         return rows
 
-    def _product(self, update: Update, start: int, stop: int) -> tuple[tuple[slice, slice], Tensor | None, Tensor]:
-        """Where these rows of left · right stand in the block, they themselves, and what bounds their rounding."""
+    def _product(
+        self, update: Update, start: int, stop: int
+    ) -> tuple[tuple[slice, slice], Tensor, Tensor, Tensor] | None:
+        """Where these rows of left · right stand in the block, they themselves, and the norms that bound rounding."""
         down, across = update.block
         first, last = max(start, down.start), min(stop, down.stop)
         inside = (slice(first - start, last - start), across)
         if first >= last:
-            return inside, None, torch.empty(0)
+            return None
         left = update.left[first - update.row : last - update.row].to(self._device, torch.float64)
         right, size = self._right[id(update)]
-        return inside, left @ right, left.norm(dim=1, keepdim=True) * size
+        return inside, left @ right, left.norm(dim=1), size
 
     def _renormalized(
         self, index: int, each: Renormalization, before: Tensor, start: int, stop: int
-    ) -> tuple[tuple[slice, slice], Tensor | None, Tensor]:
-        """The same of weight · (m ⊙ V/‖V‖ − W)."""
-        inside, product, off = self._product(each.update, start, stop)
-        if product is None:
-            return inside, None, off
+    ) -> tuple[tuple[slice, slice], Tensor, Tensor] | None:
+        """The same of weight · (m ⊙ V/‖V‖ − W), with what bounds the rounding of each element."""
+        found = self._product(each.update, start, stop)
+        if found is None:
+            return None
+        inside, product, left, right = found
         old = before[inside]
         new = old + each.update.scale * product
         magnitude = each.magnitude.to(self._device, torch.float64)
@@ -117,7 +157,7 @@ class Reference:
             gain = magnitude[first : first + len(new)].unsqueeze(1) / new.norm(dim=1, keepdim=True)
         else:
             gain = magnitude / self._norms[index]
-        off = gain.abs() * (old.abs() + abs(each.update.scale) * off) + old.abs()
+        off = gain.abs() * (old.abs() + abs(each.update.scale) * torch.outer(left, right)) + old.abs()
         return inside, each.weight * (gain * new - old), abs(each.weight) * off
 
     def _column_norms(self, each: Renormalization) -> Tensor:
@@ -125,8 +165,8 @@ class Reference:
         squares = torch.zeros(each.update.right.shape[1], dtype=torch.float64, device=self._device)
         for start in range(0, self.edit.matrix[0], self.block_rows):
             stop = min(start + self.block_rows, self.edit.matrix[0])
-            inside, product, _ = self._product(each.update, start, stop)
-            if product is not None:
+            if found := self._product(each.update, start, stop):
+                inside, product, _, _ = found
                 value = self._before(start, stop)[inside] + each.update.scale * product
                 squares += value.square().sum(dim=0)
         return squares.sqrt()
