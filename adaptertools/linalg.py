@@ -25,6 +25,8 @@ _ORTHOGONAL_ENOUGH = 1e-2
 _ONE_STEP = 1000
 """Exponents below this have a power of two whose reciprocal float64 holds; others are divided out in two steps."""
 
+_DEVICES = "auto, cpu, cuda, cuda:N or mps"
+
 _CORES_AT_ONCE = 4
 """Cores of a GPU's batch that one thread of the CPU takes at a time."""
 
@@ -187,19 +189,25 @@ def balance_(wide: Tensor) -> Tensor:
     return exponents
 
 
-def parse_device(name: str | torch.device) -> torch.device:
+def parse_device(name: str | torch.device, *, has_float64: bool = True) -> torch.device:
     """The device with this name; `auto` is the first CUDA device, else the CPU.
 
-    Raises: OptionError for a device that is not there, or that has no float64
+    `mps`, which is untested, has no float64: what needs that is computed on the CPU, and so this says.
+
+    Raises: OptionError for a device that is not there, or that nothing here computes on
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise OptionError(f"device {name!r}: expected auto, cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise OptionError(f"device {name!r}: expected auto, cpu, cuda or cuda:N; {device.type} has no float64 here")
+        raise OptionError(f"device {name!r}: expected {_DEVICES}") from None
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise OptionError(f"device {name!r}: expected {_DEVICES}")
+    if device.type == "mps":
+        if not torch.backends.mps.is_available():
+            raise OptionError(f"device {name!r}: there is no such device, torch finds no MPS here")
+        return torch.device("cpu" if has_float64 else "mps")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise OptionError(f"device {name!r}: there is no such device, {torch.cuda.device_count()} of CUDA were found")
     return device

@@ -279,8 +279,19 @@ def test_devices_are_known_by_name() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "said"), [("cuda:99", "no such device"), ("gpu", "expected auto, cpu"), ("meta", "expected auto, cpu")]
+    ("name", "said"),
+    [("cuda:99", "no such device"), ("gpu", "expected auto, cpu"), ("meta", "expected auto, cpu, cuda, cuda:N or mps")],
 )
 def test_a_device_that_will_not_do_is_an_error(name: str, said: str) -> None:
     with pytest.raises(OptionError, match=rf"^device '{name}': .*{said}"):
         parse_device(name)
+
+
+def test_mps_multiplies_where_it_is_and_leaves_float64_to_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(OptionError, match=r"^device 'mps': there is no such device, torch finds no MPS here$"):
+        parse_device("mps", has_float64=False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert parse_device("mps") == torch.device("cpu")
+    assert parse_device("mps", has_float64=False) == torch.device("mps")
+    assert parse_device("cpu", has_float64=False) == torch.device("cpu")

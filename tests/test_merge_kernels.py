@@ -12,7 +12,7 @@ from merge_cases import EPSILON, SMALLEST, edit_of, exact, normal, share_correct
 from torch import Tensor
 
 from adaptertools.errors import NonFiniteError
-from adaptertools.merging import kernels
+from adaptertools.merging import kernels, tiles
 from adaptertools.merging.edits import Edit, Renormalization, Update
 from adaptertools.merging.kernels import full_precision, prepare
 
@@ -209,6 +209,28 @@ def test_a_norm_that_nearly_cancels_keeps_its_digits(device: torch.device, axis:
     merged = merge(edit, weight, device)
     lost = 3e-7 * float(weight.abs().max())
     assert float((merged.double() - exact(edit, weight)[0]).abs().max()) < lost
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_products_made_elsewhere_are_added_as_those_made_here(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The way of MPS, and of CPUs without oneDNN, with the CPU in the place of the other device."""
+    weight = normal(300, 5000, seed=5, size=0.02, dtype=dtype)
+    magnitude = torch.linalg.vector_norm(weight.float(), dim=1) * 1.1
+    change = Renormalization(update=update(300, 5000, 16, size=0.001), weight=1.0, magnitude=magnitude, axis="row")
+    edit = edit_of(weight, update(300, 5000, 140, seed=20, source=2, size=0.001), renormalizations=(change,))
+    found = merge(edit, weight, torch.device("cpu"))
+    packed = tiles.pack(torch.ones(140, 6), dtype, torch.device("cpu"))
+    monkeypatch.setattr(tiles, "_has_onednn", lambda: False)
+    assert tiles.pack(torch.ones(140, 6), dtype, torch.device("cpu")) is None
+    plain = merge(edit, weight, torch.device("cpu"))
+    monkeypatch.setattr(tiles, "pack", lambda right, *_: [right[:100].mT.contiguous(), right[100:].mT.contiguous()])
+    elsewhere = merge(edit, weight, torch.device("cpu"))
+    for each in (found, plain, elsewhere):
+        check(edit, weight, each)
+    if packed is not None:
+        assert [len(part[0]) for part in packed] == ([128, 12] if dtype == torch.bfloat16 else [32, 32, 32, 32, 12])
 
 
 def test_float64_weights_or_factors_are_merged_in_float64(device: torch.device) -> None:

@@ -49,6 +49,32 @@ def test_prefixes_and_wrappers_do_not_matter(stored: str, asked: str, tmp_path: 
     assert names(tmp_path, stored, "something.else.weight").find(asked) == stored
 
 
+@pytest.mark.parametrize(
+    ("stored", "asked", "said"),
+    [
+        (["model.layers.0.self_attn.qkv_proj.weight"], "model.layers.0.self_attn.k_proj", "fused with others"),
+        (["gpt_neox.layers.0.attention.query_key_value.weight"], "layers.0.attention.query", "fused with others"),
+        (["transformer.h.0.attn.c_attn.weight"], "h.0.attn.q_proj", "fused with others"),
+        (["layers.0.self_attn.in_proj_weight"], "layers.0.self_attn.q_proj", "fused with others"),
+        (["model.layers.0.mlp.gate_up_proj.weight"], "model.layers.0.mlp.up_proj", "fused with others"),
+        ([f"model.layers.0.self_attn.{part}_proj.weight" for part in "qkv"], "layers.0.self_attn.qkv_proj", "in parts"),
+    ],
+)
+def test_projections_that_are_fused_on_one_side_alone_are_refused_by_the_names_of_the_others(
+    stored: list[str], asked: str, said: str, tmp_path: Path
+) -> None:
+    """Nothing is guessed: whether q, k and v are one block of rows each or interleaved, no name or shape can tell."""
+    others = [
+        "layers.1.self_attn.qkv_proj.weight",
+        "layers.1.self_attn.q_proj.weight",
+        "layers.0.self_attn.o_proj.weight",
+    ]
+    base = write_base(tmp_path, {name: tensor(24, 8) for name in (*stored, *others)})
+    with pytest.raises(MatchError) as caught:
+        plan_merge(base, [Adapter(modules=(module(asked, 8, 8),))])
+    assert f"it holds it {said}: {', '.join(sorted(stored))}. Their rows" in str(caught.value)
+
+
 def test_the_type_of_the_model_is_a_prefix(tmp_path: Path) -> None:
     assert names(tmp_path, "layers.0.q.weight", model_type="new-model").find("new_model.layers.0.q") is not None
 

@@ -162,6 +162,83 @@ def test_a_merge_by_peft_in_half_precision_may_round_twice(dtype: torch.dtype, s
     assert bool(strictly.wrong) is safe, "only safe_merge rounds the delta weight first"
 
 
+@pytest.mark.parametrize("case", ["llama_dora", "gpt2_dora", "convolutions_dora"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
+@pytest.mark.parametrize("factors", ["single", "half"])
+def test_a_merge_of_dora_by_peft_in_half_precision_is_proven(
+    factors: str, dtype: torch.dtype, case: str, tmp_path: Path
+) -> None:
+    """With factors in float32 PEFT rounds once; with factors in half precision it rounds norm, gain and all else."""
+    from peft import PeftModel
+
+    base, half = save_base(case, tmp_path / "base", dtype), factors == "half"
+    save_adapter(case, tmp_path / "trained")
+    with quiet():
+        model = PeftModel.from_pretrained(
+            make_base(case).to(dtype), tmp_path / "trained", autocast_adapter_dtype=not half
+        )
+        model = model.to(dtype) if half else model
+        model.save_pretrained(tmp_path / "adapter")
+        theirs = save_model(model.merge_and_unload(), tmp_path / "theirs")
+    adapter = read_adapter(tmp_path / "adapter", base)
+    found = adaptertools.verify_merge(base, [adapter], theirs, device="cpu")
+    assert found.ok, (found.problems, found.wrong)
+    assert found.allowed == 6
+    assert [each.verdict for each in found.coefficients] == ["once"]
+    shutil.copy(merge(base, [adapter], tmp_path / "ours") / "adaptertools_merge.json", theirs)
+    strictly = adaptertools.verify_merge(base, [adapter], theirs, device="cpu")
+    assert strictly.allowed == 1
+    assert bool(strictly.wrong) is half
+
+
+def test_dora_so_small_that_its_roundings_would_hide_it_is_missed_all_the_same(tmp_path: Path) -> None:
+    """Each weight stays within six roundings of what it has to be; the sum over all of them tells."""
+    torch.manual_seed(0)
+    weight = torch.randn(64, 64).bfloat16()
+    (tmp_path / "base").mkdir()
+    save_file({"q.weight": weight}, tmp_path / "base" / "model.safetensors")
+    norms = weight.float().norm(dim=1) * 1.007
+    lora_A, lora_B = torch.randn(2, 64), torch.zeros(64, 2)
+    module = LoraModule(target=Target(parameter="q"), lora_A=lora_A, lora_B=lora_B, alpha=2.0, magnitude=norms)
+    adapter = Adapter(modules=(module,))
+    shutil.copytree(tmp_path / "base", tmp_path / "same")
+    missed = adaptertools.verify_merge(tmp_path / "base", [adapter], tmp_path / "same", device="cpu")
+    assert not missed.wrong
+    assert not missed.ok
+    assert "coefficient 0 in the merge" in missed.problems[0]
+    right = merge(tmp_path / "base", [adapter], tmp_path / "right")
+    (right / "adaptertools_merge.json").unlink()
+    assert adaptertools.verify_merge(tmp_path / "base", [adapter], right, device="cpu").ok
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "needed"),
+    [
+        ("embeddings.position_ids", (1, 9), False),
+        ("layers.0.self_attn.rotary_emb.inv_freq", (4,), False),
+        ("h.0.attn.bias", (1, 1, 9, 9), False),
+        ("h.0.attn.masked_bias", (), False),
+        ("h.0.attn.bias", (9,), True),
+        ("embeddings.position_embeddings.weight", (9, 4), True),
+    ],
+)
+def test_what_a_models_class_makes_anew_may_be_missing_from_a_merge_by_another_tool(
+    name: str, shape: tuple[int, ...], needed: bool, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    (tmp_path / "base").mkdir()
+    save_file({"q.weight": torch.randn(8, 6), name: torch.ones(shape)}, tmp_path / "base" / "model.safetensors")
+    module = LoraModule(target=Target(parameter="q"), lora_A=torch.randn(2, 6), lora_B=torch.randn(8, 2), alpha=2.0)
+    merged = merge(tmp_path / "base", [Adapter(modules=(module,))], tmp_path / "merged")
+    save_file({"q.weight": weights_in(merged)["q.weight"]}, merged / "model.safetensors")
+    ours = adaptertools.verify_merge(tmp_path / "base", [Adapter(modules=(module,))], merged, device="cpu")
+    assert ours.problems == (f"missing: {name}",)
+    (merged / "adaptertools_merge.json").unlink()
+    theirs = adaptertools.verify_merge(tmp_path / "base", [Adapter(modules=(module,))], merged, device="cpu")
+    assert theirs.ok is not needed
+    assert any(name in note for note in theirs.notes) is not needed
+
+
 def test_modules_that_were_left_out_are_named(llama: Path, tmp_path: Path) -> None:
     one = adapters_in(llama)[0]
     odd = replace(one.modules[0], target=Target(parameter="elsewhere.entirely"))

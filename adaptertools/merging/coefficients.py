@@ -94,6 +94,16 @@ def fit(moments: Moments, sources: Sequence[str], weights: Sequence[float]) -> t
     )
 
 
+def misapplied(coefficients: Sequence[Coefficient]) -> list[str]:
+    """What is wrong although every element is as near as it has to be: small delta weights hide behind roundings."""
+    return [
+        f"{each.source} has coefficient {each.found:.3g} in the merge, expected {each.expected:.3g}, although each "
+        "value by itself is within its roundings"
+        for each in coefficients
+        if each.verdict not in ("once", "cannot tell")
+    ]
+
+
 def _alone(gram: Tensor) -> list[bool]:
     """Whether each direction, of norm 1, has a part of its own beside the others."""
     found = []

@@ -222,13 +222,22 @@ def _half_step(value: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _roundings_between(exact: ExactRows, rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
-    """What the roundings before the last one may cost: of each delta weight, and of each sum but the final one."""
+    """What the roundings before the last one may cost: of each delta weight, and of each sum but the final one.
+
+    With DoRA: of s·B·A, of V = W + it, and relative ones of the elements that ‖V‖ is of, of ‖V‖ and of m/‖V‖.
+    """
     size = exact.before[rows, columns].abs()
     steps = torch.zeros_like(size)
+    plain = torch.ones_like(size)
+    for each in exact.renormalized:
+        within, product, new, gain = each.at(rows, columns)
+        plain[within] = 0.0
+        steps[within] += gain.abs() * (_half_step(product, dtype) + _half_step(new, dtype))
+        steps[within] += 3 * torch.finfo(dtype).eps / 2 * (gain * new).abs()
     for number, whole in enumerate(exact.deltas.values()):
         delta = whole[rows, columns]
         if number:
             steps += _half_step(size, dtype)
-        steps += _half_step(delta, dtype)
+        steps += plain * _half_step(delta, dtype)
         size += delta.abs()
     return steps

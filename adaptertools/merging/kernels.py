@@ -2,7 +2,7 @@
 
 Factors of whatever dtype are widened first; where they or the weight are float64, so is the arithmetic. The error of a
 sum is that of a float32 product and of one addition. On CUDA Triton's kernel does it in one pass over W for results in
-bfloat16 and float32; else torch does, tile by tile.
+bfloat16 and float32; else torch does, tile by tile. With MPS, which is untested, the CPU does all but the products.
 """
 
 import contextlib
@@ -65,7 +65,8 @@ class Prepared:
 
     def __init__(self, edit: Edit, device: torch.device, sources: Sequence[str], has_statistics: bool) -> None:
         self.edit = edit
-        self.device = device
+        self._multiplier = device
+        self.device = device = torch.device("cpu") if device.type == "mps" else device  # it has no float64
         self.wants_norms = any(each.axis == "column" for each in edit.renormalizations)
         self._sources = sources
         self._has_statistics = has_statistics
@@ -81,6 +82,7 @@ class Prepared:
         exact_enough = self._arithmetic == torch.float32 and edit.dtype != torch.float16
         self._is_fused = device.type == "cuda" and exact_enough and has_triton()
         self._splits: list[Split | None] = []
+        self._packed: list[list[Tensor] | None] = []
         self._is_ready: torch.cuda.Event | None = None
         self._make_ready()
 
@@ -176,7 +178,9 @@ class Prepared:
         row, column = (None if each is None else each.to(self._arithmetic) for each in (row, column))
         split = self._splits[place]
         if split is None:
-            return tiles.add_product(weight, left, cell.right, row, column, out, self._has_statistics)
+            return tiles.add_product(
+                weight, left, cell.right, row, column, out, self._has_statistics, self._packed[place]
+            )
         from adaptertools.merging import triton_kernel
 
         if row is not None:
@@ -186,8 +190,9 @@ class Prepared:
         return triton_kernel.add_product(weight, split, row, column, out, self._has_statistics)
 
     def _make_ready(self) -> None:
-        """Split the factors for the kernel, and let other streams wait for that."""
+        """Split the factors for the kernel, or pack them for oneDNN, and let other streams wait for that."""
         self._splits = [None] * len(self._cells)
+        self._packed = [tiles.pack(cell.right, self.edit.dtype, self._multiplier) for cell in self._cells]
         if self._is_fused:
             from adaptertools.merging import triton_kernel
 

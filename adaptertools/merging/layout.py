@@ -1,8 +1,8 @@
 """What a merged model has to consist of beside values: its tensors' names, its index, its configuration, its files."""
 
 import filecmp
-from collections.abc import Mapping
-from pathlib import Path
+import re
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,17 +15,36 @@ from adaptertools.tensors import dtype_name
 _CONFIG = "config.json"
 _MOST = 5
 
+_BUFFER = re.compile(r"(.*\.)?(position_ids|rotary_emb\.inv_freq|attn\.masked_bias|attn\.bias)")
+"""What older checkpoints hold of a model and its class makes anew, so that newer libraries do not save it."""
 
-def problems_of_names(plan: MergePlan, merged: Checkpoint) -> tuple[list[str], list[str]]:
-    """What is wrong with the names, shapes and dtypes of the tensors, and the names of those that can be compared."""
+
+def dropped_buffers(plan: MergePlan, merged: Checkpoint) -> list[str]:
+    """The tensors that a merge lacks and needs not: positions, frequencies and masks, which are nobody's weights."""
+    missing = [name for name in plan.base.shapes if name not in merged.shapes and name not in plan.edits]
+    return [name for name in missing if _BUFFER.fullmatch(name) and _is_no_bias(name, plan.base.shapes[name])]
+
+
+def _is_no_bias(name: str, shape: tuple[int, ...]) -> bool:
+    """GPT-2's attn.bias is a mask of four dimensions."""
+    return not name.endswith("attn.bias") or len(shape) == 4
+
+
+def problems_of_names(
+    plan: MergePlan, merged: Checkpoint, dropped: Collection[str] = ()
+) -> tuple[list[str], list[str]]:
+    """What is wrong with the names, shapes and dtypes of the tensors, and the names of those that can be compared.
+
+    `dropped` are tensors that may be missing.
+    """
     expected = [name for shard in plan.shards for name in shard.tensors]
     problems = []
-    missing = [name for name in expected if name not in merged.shapes]
+    missing = [name for name in expected if name not in merged.shapes and name not in dropped]
     extra = [name for name in merged.shapes if name not in set(expected)]
     if missing:
-        problems.append(f"missing: {_few(missing)}")
+        problems.append(f"missing: {few(missing)}")
     if extra:
-        problems.append(f"not of this model: {_few(extra)}")
+        problems.append(f"not of this model: {few(extra)}")
     comparable = []
     for name in expected:
         if name not in merged.shapes:
@@ -47,10 +66,10 @@ def problems_of_files(plan: MergePlan, merged: Checkpoint, ours: bool) -> list[s
     used = {path.name for path in merged.files}
     stray = sorted(path.name for path in folder.glob("*.safetensors") if path.name not in used)
     if stray:
-        problems.append(f"weights that are no part of the model: {_few(stray)}")
+        problems.append(f"weights that are no part of the model: {few(stray)}")
     problems += _config_problems(plan.config if not ours else {**plan.base.config, **plan.config}, merged, ours)
     if ours:
-        problems += _copy_problems(plan, folder)
+        problems += _copy_problems(plan, merged)
     return problems
 
 
@@ -74,15 +93,17 @@ def _config_problems(expected: Mapping[str, Any], merged: Checkpoint, ours: bool
     return [f"{_CONFIG}: {key} is {merged.config.get(key)!r}, expected {expected.get(key)!r}" for key in odd[:_MOST]]
 
 
-def _copy_problems(plan: MergePlan, folder: Path) -> list[str]:
-    """Small files that travel along, byte by byte."""
+def _copy_problems(plan: MergePlan, merged: Checkpoint) -> list[str]:
+    """Small files that travel along, byte by byte. Of a merge on the Hub those are here that a model needs."""
     problems = []
-    source = plan.base.folder
+    source, folder = plan.base.folder, merged.folder
+    partly = merged.opened is not None and merged.opened.is_remote
     for name in plan.copied:
         if name == _CONFIG:
             continue
         if not (folder / name).is_file():
-            problems.append(f"{name} is missing, a file of the base")
+            if not partly:
+                problems.append(f"{name} is missing, a file of the base")
         elif not filecmp.cmp(source / name, folder / name, shallow=False):
             problems.append(f"{name} is not that of the base")
     return problems
@@ -92,6 +113,7 @@ def _described(shape: tuple[int, ...], dtype: torch.dtype) -> str:
     return f"{tuple(shape)} in {dtype_name(dtype)}"
 
 
-def _few(names: list[str]) -> str:
+def few(names: Sequence[str]) -> str:
+    """The first of them, and how many more there are."""
     shown = ", ".join(names[:_MOST])
     return shown if len(names) <= _MOST else f"{shown} and {len(names) - _MOST} more"

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from adaptertools.containers.checkpoint import Checkpoint
 from adaptertools.errors import MatchError
-from adaptertools.names import strip_wrappers
+from adaptertools.names import leaf, strip_wrappers
 
 _WRAPPERS = ("backbone", "base_model", "decoder", "language_model", "llm", "lm", "model", "module", "net", "text_model")
 _MODELS = ("albert", "bert", "deberta", "distilbert", "electra", "gpt_neox", "mpnet", "roberta", "transformer", "vit")
@@ -19,9 +19,19 @@ _PREFIXES = frozenset((*_WRAPPERS, *_MODELS))
 
 _EXPERT_PARTS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 _RENAMED = {"block_sparse_moe": "mlp", "embed_out": "lm_head"}
+_NUMBER = re.compile(r"\.\d+(?=\.)")
 _NORM = {"gamma": "weight", "beta": "bias"}
 _EXPERT = re.compile(r"(?P<home>.*\bexperts)\.(?P<number>\d+)\.(?P<part>\w+)$")
 _WEIGHT = ".weight"
+
+_FUSIONS = (
+    (
+        ("q_proj", "k_proj", "v_proj", "query", "key", "value", "q", "k", "v", "wq", "wk", "wv"),
+        ("qkv_proj", "qkv", "query_key_value", "c_attn", "Wqkv", "wqkv", "W_pack", "in_proj", "in_proj_weight"),
+    ),
+    (("gate_proj", "up_proj", "w1", "w3"), ("gate_up_proj",)),
+)
+"""What some models hold apart and others as one tensor: to name it in messages."""
 
 
 class Names:
@@ -59,9 +69,26 @@ class Names:
     def nearest(self, parameter: str) -> str:
         """What a message says of a parameter that the base model does not have."""
         path = _path(parameter)
+        if other := self._otherwise_fused(path):
+            return other
         pool = self._by_end.get(_end(path)) or list(self._tensors)
         near = difflib.get_close_matches(path + _WEIGHT, pool, n=3, cutoff=0.4)
         return f"the nearest are {', '.join(near)}" if near else f"its names are like {next(iter(self._tensors))}"
+
+    def _otherwise_fused(self, path: str) -> str | None:
+        """What it says where several projections are one tensor in the base, or in the adapter alone."""
+        end, layer = leaf(path), _layer(self.canonical(path))
+        for apart, fused in _FUSIONS:
+            wanted = fused if end in apart else apart if end in fused else ()
+            found = [name for name in self._tensors if leaf(_path(name)) in wanted]
+            found = [name for name in found if _layer(self.canonical(name)) == layer]
+            if found:
+                how = "fused with others" if end in apart else "in parts"
+                return (
+                    f"it holds it {how}: {', '.join(found[:3])}. Their rows are ordered in other ways in other models: "
+                    "merge into a checkpoint that is laid out as the adapter's own model was"
+                )
+        return None
 
     def like(self, canonical: str) -> list[str]:
         """The tensors whose names are this one, once what may stand in front is taken off."""
@@ -93,6 +120,11 @@ def expert_of(parameter: str) -> tuple[str, int, str] | None:
 
 def _path(name: str) -> str:
     return name.removesuffix(_WEIGHT)
+
+
+def _layer(canonical: str) -> str:
+    """The name up to its last number, which is that of a layer."""
+    return canonical[: max((match.end() for match in _NUMBER.finditer(canonical)), default=0)]
 
 
 def _end(path: str) -> str:

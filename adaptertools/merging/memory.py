@@ -13,6 +13,7 @@ from torch import Tensor
 
 from adaptertools.adapter import Adapter
 from adaptertools.containers.checkpoint import Checkpoint
+from adaptertools.containers.source import Located
 from adaptertools.errors import NonFiniteError, OptionError, UnsupportedFeatureError
 from adaptertools.merging.blocks import block_rows
 from adaptertools.merging.edits import Edit
@@ -21,7 +22,7 @@ from adaptertools.merging.match import Names
 from adaptertools.merging.plan import MergePlan, plan_merge
 from adaptertools.tensors import in_parallel
 
-Keep = Literal["device", "host"] | Path
+Keep = Literal["device", "host"] | Path | Located
 """Where originals stay: on the weights' own device, in the host's memory, or in the checkpoint that they came from."""
 
 
@@ -187,10 +188,10 @@ class _Originals:
     """Tensors as they were before anything was merged into them."""
 
     def __init__(self, where: Keep) -> None:
-        if not (where in ("device", "host") or isinstance(where, Path)):
+        if not (where in ("device", "host") or isinstance(where, Path | Located)):
             raise OptionError(f"keep is {where!r}, expected 'device', 'host' or the Path of the weights' checkpoint")
         self._where = where
-        self._checkpoint = Checkpoint.open(where) if isinstance(where, Path) else None
+        self._checkpoint = Checkpoint.open(where) if isinstance(where, Path | Located) else None
         self._names = Names(self._checkpoint) if self._checkpoint else None
         self._kept: dict[str, Tensor] = {}
 

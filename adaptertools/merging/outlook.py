@@ -15,6 +15,9 @@ from adaptertools.merging.workers import worker_memory
 
 _MOST_WORKERS = 16
 
+_COMMON = 40 << 20
+"""What the workers take on the host together: code, records, and the factors of the tensors in hand in float64."""
+
 
 @dataclass(frozen=True, slots=True)
 class Crew:
@@ -27,7 +30,7 @@ class Crew:
     @property
     def memory(self) -> int:
         """What they take on the host."""
-        return self.count * worker_memory(self.block)
+        return _COMMON + self.count * worker_memory(self.block)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +59,7 @@ def preview(
     Raises: OptionError, UnsupportedFeatureError as `run_merge`
     """
     layouts = [lay_out(plan, shard) for shard in plan.shards]
-    crew = hire(plan, parse_device(device), max_memory, workers)
+    crew = hire(plan, parse_device(device, has_float64=False), max_memory, workers)
     changed = len(plan.computed)
     return MergeOutlook(
         tensors=len(plan.tensors),
@@ -80,10 +83,11 @@ def hire(plan: MergePlan, device: torch.device, max_memory: int, workers: int | 
         raise OptionError(f"workers is {workers}, expected one at least")
     blocks = [largest_block(edit, source_dtype(plan, edit), device) for edit in plan.edits.values()]
     block = max(blocks, default=0)
-    need = worker_memory(block)
-    if need > max_memory:
+    each = worker_memory(block)
+    if max_memory < _COMMON + each:
         raise OptionError(
-            f"max_memory is {max_memory} bytes, and one worker needs {need} for the blocks of this model: allow as much"
+            f"max_memory is {max_memory} bytes, and one worker needs {_COMMON + each} for the blocks of this model: "
+            "allow as much"
         )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return Crew(device, min(workers or min(_MOST_WORKERS, cores), max_memory // need), block)
+    return Crew(device, min(workers or min(_MOST_WORKERS, cores), (max_memory - _COMMON) // each), block)

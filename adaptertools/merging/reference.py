@@ -36,14 +36,29 @@ class Doubt:
 
     def at(self, rows: Tensor, columns: Tensor) -> Tensor:
         """For these elements of the block, zero for those outside the part."""
-        down, across = self.inside
         found = torch.zeros(len(rows), dtype=self.left.dtype, device=self.left.device)
-        within = (rows >= down.start) & (rows < down.stop) & (columns >= across.start) & (columns < across.stop)
-        row, column = rows[within] - down.start, columns[within] - across.start
+        within, row, column = _within(self.inside, rows, columns)
         bound = self.left[row, column] if self.right is None else self.left[row] * self.right[column]
         size = 0.0 if self.product is None else self.product[row, column].abs()
         found[within] = self.scale * (_DOUBT * bound + size)
         return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Renormalized:
+    """What `weight` · (gain ⊙ V − W) in a part of the block was made of, with V = W + `product`."""
+
+    inside: tuple[slice, slice]
+    weight: float
+    product: Tensor
+    new: Tensor
+    gain: Tensor
+
+    def at(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Which of these elements of the block lie in the part; product, V and weight · gain of those."""
+        within, row, column = _within(self.inside, rows, columns)
+        gain = self.gain.expand_as(self.new)[row, column]
+        return within, self.product[row, column], self.new[row, column], self.weight * gain
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -56,6 +71,7 @@ class ExactRows:
     before: Tensor
     deltas: Mapping[int, Tensor]
     doubts: Sequence[Doubt]
+    renormalized: Sequence[Renormalized]
     epsilon: float
     """Of the arithmetic that makes a merge: float32, or float64 where a weight or a factor is."""
 
@@ -106,18 +122,19 @@ class Reference:
         """
         before = self._before(start, stop)
         deltas: dict[int, Tensor] = {}
-        doubts = []
+        doubts, renormalized = [], []
         for update in self.edit.updates:
             if found := self._product(update, start, stop):
                 inside, product, left, right = found
                 _zeros(deltas, update.source, before)[inside].add_(product, alpha=update.scale)
                 doubts.append(Doubt(inside=inside, scale=abs(update.scale), product=product, left=left, right=right))
         for index, each in enumerate(self.edit.renormalizations):
-            if renormalized := self._renormalized(index, each, before, start, stop):
-                inside, change, off = renormalized
-                _zeros(deltas, each.update.source, before)[inside] += change
-                doubts.append(Doubt(inside=inside, scale=1.0, product=None, left=off, right=None))
-        return ExactRows(before=before, deltas=deltas, doubts=doubts, epsilon=self._epsilon)
+            if found_too := self._renormalized(index, each, before, start, stop):
+                part, change, off = found_too
+                _zeros(deltas, each.update.source, before)[part.inside] += change
+                doubts.append(Doubt(inside=part.inside, scale=1.0, product=None, left=off, right=None))
+                renormalized.append(part)
+        return ExactRows(before=before, deltas=deltas, doubts=doubts, renormalized=renormalized, epsilon=self._epsilon)
 
     def _before(self, start: int, stop: int) -> Tensor:
         """Rows of W in float64, trained rows in their place."""
@@ -143,14 +160,15 @@ class Reference:
 
     def _renormalized(
         self, index: int, each: Renormalization, before: Tensor, start: int, stop: int
-    ) -> tuple[tuple[slice, slice], Tensor, Tensor] | None:
+    ) -> tuple[Renormalized, Tensor, Tensor] | None:
         """The same of weight · (m ⊙ V/‖V‖ − W), with what bounds the rounding of each element."""
         found = self._product(each.update, start, stop)
         if found is None:
             return None
         inside, product, left, right = found
         old = before[inside]
-        new = old + each.update.scale * product
+        product *= each.update.scale
+        new = old + product
         magnitude = each.magnitude.to(self._device, torch.float64)
         if each.axis == "row":
             first = start + inside[0].start - each.update.row
@@ -158,7 +176,8 @@ class Reference:
         else:
             gain = magnitude / self._norms[index]
         off = gain.abs() * (old.abs() + abs(each.update.scale) * torch.outer(left, right)) + old.abs()
-        return inside, each.weight * (gain * new - old), abs(each.weight) * off
+        part = Renormalized(inside=inside, weight=each.weight, product=product, new=new, gain=gain)
+        return part, each.weight * (gain * new - old), abs(each.weight) * off
 
     def _column_norms(self, each: Renormalization) -> Tensor:
         """‖V‖ of each column, from a pass over all rows."""
@@ -170,6 +189,13 @@ class Reference:
                 value = self._before(start, stop)[inside] + each.update.scale * product
                 squares += value.square().sum(dim=0)
         return squares.sqrt()
+
+
+def _within(inside: tuple[slice, slice], rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Which elements lie in a part of the block, and the rows and columns of those there."""
+    down, across = inside
+    within = (rows >= down.start) & (rows < down.stop) & (columns >= across.start) & (columns < across.stop)
+    return within, rows[within] - down.start, columns[within] - across.start
 
 
 def _zeros(deltas: dict[int, Tensor], source: int, like: Tensor) -> Tensor:

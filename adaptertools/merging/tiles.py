@@ -1,7 +1,10 @@
 """W + left · right by torch, in tiles that stay in a cache, and sums over them."""
 
+import functools
 import math
+import platform
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +19,8 @@ _TILE_COLUMNS = {"cpu": 4096, "cuda": 1 << 24}
 """On a CPU four tiles of float32 fill a second-level cache: a wider one, or rows of fewer, took up to half longer."""
 
 _RANKS_AT_ONCE = 32
+_RANKS_AT_ONCE_FOR_BF16 = 128
+"""A chain of that many has an error of 3e-7, which rounding to bfloat16 leaves nothing of, and to float16 too much."""
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -33,8 +38,9 @@ def add_product(
     column: Tensor | None,
     out: Tensor,
     has_statistics: bool,
+    packed: Sequence[Tensor] | None = None,
 ) -> Sums | Tensor:
-    """out = W + left · right + W ⊙ (row + column), rounded once; `out` may be `weight`.
+    """out = W + left · right + W ⊙ (row + column), rounded once; `out` may be `weight`. `packed` is `pack(right)`.
 
     Shapes: weight (m, n), left (m, r), right (r, n), row (m,), column (n,), out (m, n)
     Memory: a tile, three times in the dtype of the factors and once in that of the result
@@ -48,13 +54,45 @@ def add_product(
         for j in range(0, columns, across):
             here = (slice(i, i + down), slice(j, j + across))
             tile = _Tile(weight[here], left.dtype, out.dtype)
-            tile.add(left[here[0]], right[:, here[1]], None if row is None else row[here[0]], column, here[1])
+            factors = right[:, here[1]] if packed is None else [part[here[1]] for part in packed]
+            tile.add(left[here[0]], factors, None if row is None else row[here[0]], column, here[1])
             if has_statistics:
                 found.append(tile.sums())
             out[here].copy_(tile.rounded)
     if weight.device.type != "cpu":
         return torch.stack(found).sum(dim=0) if found else torch.zeros(4, dtype=torch.float64, device=weight.device)
     return tuple(math.fsum(values) for values in zip(*found, strict=True)) if found else (0.0,) * 4  # type: ignore[return-value]
+
+
+def pack(right: Tensor, dtype: torch.dtype, device: torch.device) -> list[Tensor] | None:
+    """A right factor as oneDNN takes it, where there is oneDNN, or on MPS: some ranks at a time, each by columns.
+
+    oneDNN is twice as fast as torch's own product, which is MKL's, on an AMD CPU with AVX-512; to the same error.
+    `dtype` is that of the result, `device` where to multiply.
+
+    Shapes: (r, n) -> (n, some of r) …
+    Memory: a copy of the factor
+    """
+    if right.device.type != "cpu" or right.dtype != torch.float32 or not right.numel():
+        return None
+    if device.type == "cpu" and not _has_onednn():
+        return None
+    ranks = _RANKS_AT_ONCE_FOR_BF16 if dtype == torch.bfloat16 else _RANKS_AT_ONCE
+    return [right[first : first + ranks].mT.contiguous().to(device) for first in range(0, len(right), ranks)]
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """left · rightᵀ on the device of the right one, handed back on that of the left."""
+    if right.device.type == "cpu" and _has_onednn():
+        found: Tensor = torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
+        return found
+    return (left.to(right.device) @ right.mT).to(left.device)
+
+
+@functools.cache
+def _has_onednn() -> bool:
+    known = platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return known and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 class _Tile:
@@ -67,12 +105,17 @@ class _Tile:
         self._sum = _buffer("sum", weight, arithmetic)
         self.rounded = _buffer("rounded", weight, dtype)
 
-    def add(self, left: Tensor, right: Tensor, row: Tensor | None, column: Tensor | None, across: slice) -> None:
+    def add(
+        self, left: Tensor, right: Tensor | list[Tensor], row: Tensor | None, column: Tensor | None, across: slice
+    ) -> None:
         if not left.shape[1]:
             self._delta.zero_()
             self._sum.copy_(self._wide)  # W + 0 would turn -0 into 0
         else:
-            self._multiply(left, right)
+            if isinstance(right, Tensor):
+                self._multiply(left, right)
+            else:
+                self._multiply_packed(left, right)
             if row is not None:
                 self._delta.addcmul_(self._wide, row.unsqueeze(1))
             if column is not None:
@@ -99,6 +142,14 @@ class _Tile:
         for first in range(0, left.shape[1], _RANKS_AT_ONCE):
             part = slice(first, first + _RANKS_AT_ONCE)
             torch.addmm(self._delta, left[:, part], right[part], beta=float(first > 0), out=self._delta)
+
+    def _multiply_packed(self, left: Tensor, right: list[Tensor]) -> None:
+        first = 0
+        for number, part in enumerate(right):
+            ranks = left[:, first : first + part.shape[1]].contiguous()  # oneDNN is slow by thousands where it is not
+            product = _product(ranks, part)
+            self._delta = product if not number else self._delta.add_(product)
+            first += part.shape[1]
 
     def sums(self) -> Sums | Tensor:
         """Spends the tile's sum."""

@@ -11,12 +11,13 @@ import torch
 
 from adaptertools.adapter import Adapter
 from adaptertools.containers.checkpoint import Checkpoint
+from adaptertools.containers.source import Located, located
 from adaptertools.errors import FileError, SourceNotFoundError
 from adaptertools.linalg import parse_device
 from adaptertools.merging import record
-from adaptertools.merging.coefficients import Coefficient, fit
+from adaptertools.merging.coefficients import Coefficient, fit, misapplied
 from adaptertools.merging.comparison import Comparison, TensorCheck
-from adaptertools.merging.layout import problems_of_files, problems_of_names
+from adaptertools.merging.layout import dropped_buffers, few, problems_of_files, problems_of_names
 from adaptertools.merging.plan import MergePlan, plan_merge
 
 
@@ -25,8 +26,9 @@ class Verification:
     """What is known of a merge after every byte of it was looked at.
 
     `problems` are faults beside values: tensors missing, extra or of another shape, index, configuration, files.
-    `by_other_tool` says that no record of ours stands beside it: then two roundings are allowed for each adapter, else
-    one in all.
+    `by_other_tool` says that no record of ours stands beside it: then two roundings are `allowed` for each adapter, six
+    for one with DoRA (of the delta weight, W + it, the elements that the norm is of, the norm, the gain, the product),
+    else one in all. Where every value passes, the coefficients have to be right still.
     """
 
     merged: str
@@ -34,6 +36,7 @@ class Verification:
     problems: tuple[str, ...] = ()
     coefficients: tuple[Coefficient, ...] = ()
     by_other_tool: bool = False
+    allowed: int = 1
     notes: tuple[str, ...] = ()
 
     @property
@@ -56,9 +59,9 @@ def _badness(check: TensorCheck) -> tuple[float, float]:
 
 
 def verify_merge(
-    base: str | Path | Checkpoint,
+    base: str | Path | Located | Checkpoint,
     adapters: Sequence[Adapter],
-    merged: str | Path,
+    merged: str | Path | Located,
     weights: Sequence[float] | None = None,
     *,
     dtype: torch.dtype | None = None,
@@ -76,13 +79,14 @@ def verify_merge(
     Memory: the adapters, and some blocks of rows for each core
     Raises: AdapterToolsError where base or adapters are at fault; faults of the merge are in the result
     """
-    start = base if isinstance(base, Checkpoint) else Checkpoint.open(Path(base))
+    start = base if isinstance(base, Checkpoint) else Checkpoint.open(base)
+    made = located(merged)
     try:
-        result = Checkpoint.open(Path(merged))
+        result = Checkpoint.open(made)
     except (FileError, SourceNotFoundError) as error:
-        if not Path(merged).exists():
+        if not made.path.exists():
             raise
-        return Verification(merged=str(merged), problems=(str(error),))
+        return Verification(merged=made.label, problems=(str(error),))
     plan = plan_merge(
         start,
         adapters,
@@ -94,16 +98,21 @@ def verify_merge(
         sources=sources,
     )
     ours = (result.folder / record.NAME).is_file()
-    problems, comparable = problems_of_names(plan, result)
+    dropped = [] if ours else dropped_buffers(plan, result)
+    problems, comparable = problems_of_names(plan, result, dropped)
     comparison = Comparison(plan, result, parse_device(device), ours)
     checks, moments = comparison.run(comparable, on_progress)
+    coefficients = fit(moments, plan.sources, plan.weights)
+    if not any(each.wrong for each in checks):
+        problems += misapplied(coefficients)
     return Verification(
-        merged=str(merged),
+        merged=made.label,
         tensors=checks,
         problems=(*problems, *problems_of_files(plan, result, ours)),
-        coefficients=fit(moments, plan.sources, plan.weights),
+        coefficients=coefficients,
         by_other_tool=not ours,
-        notes=_notes(plan),
+        allowed=1 if ours else 6 if any(edit.renormalizations for edit in plan.edits.values()) else 2,
+        notes=_notes(plan, dropped),
     )
 
 
@@ -121,8 +130,9 @@ def _is_untied(base: Checkpoint, merged: Checkpoint) -> bool:
     return tuple(ties) == (True, False) and any(name not in base.shapes for name in merged.shapes)
 
 
-def _notes(plan: MergePlan) -> tuple[str, ...]:
-    """What the plan has to say, and what it leaves out."""
+def _notes(plan: MergePlan, dropped: Sequence[str]) -> tuple[str, ...]:
+    """What the plan has to say, what it leaves out, and what a merge by another tool does."""
+    without = (f"it is without {few(dropped)}, which the class of the model makes anew",) if dropped else ()
     count, first = len(plan.left_out), ", ".join(plan.left_out[:3])
     left_out = (f"{count} modules match no weight of the base and count for nothing: {first}",) if count else ()
-    return (*left_out, *plan.notes)
+    return (*left_out, *without, *plan.notes)

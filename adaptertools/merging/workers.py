@@ -20,8 +20,8 @@ from adaptertools.tensors import tensor_bytes
 _CANNOT_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM, errno.ETXTBSY}
 """What the operating system says where it cannot copy by itself."""
 
-_TILES = 8 << 20
-"""What a worker takes on the host beside its blocks: the tiles that it computes in, a buffer for copies."""
+_TILES = 12 << 20
+"""What a worker takes on the host beside its blocks: the tiles that it computes in, what a product packs, copies."""
 
 
 def worker_memory(block: int) -> int:
