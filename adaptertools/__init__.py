@@ -1,4 +1,4 @@
-"""Convert, rescale, truncate, stack and compare LoRA adapters.
+"""Convert, rescale, truncate, stack, merge and compare LoRA adapters, on this machine and on the Hugging Face Hub.
 
 Importing this imports no torch: names load what they need when used.
 """
@@ -8,16 +8,31 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from adaptertools.adapter import Adapter, Base, Feature, FullWeight, Kind, LoraModule, RowSlice, ScaleRule, Target
-    from adaptertools.api import WriteReport, convert, from_state_dict, read, stored_size, to_state_dict, write
+    from adaptertools.api import (
+        WriteReport,
+        convert,
+        estimate,
+        from_state_dict,
+        merge_into,
+        plan_merge,
+        push,
+        read,
+        stored_size,
+        to_state_dict,
+        verify_merge,
+        write,
+    )
     from adaptertools.errors import AdapterToolsError
-    from adaptertools.merging.memory import Merged, merge_into
-    from adaptertools.merging.plan import MergePlan, plan_merge
+    from adaptertools.hub.pull import PullReport, pull
+    from adaptertools.hub.push import PushReport
+    from adaptertools.merging.memory import Merged
+    from adaptertools.merging.plan import MergePlan
     from adaptertools.merging.record import MergeReport
     from adaptertools.merging.run import run_merge
-    from adaptertools.merging.verify import Verification, verify_merge
+    from adaptertools.merging.verify import Verification
     from adaptertools.operations.diff import diff
     from adaptertools.operations.difference import Difference
-    from adaptertools.operations.estimate import Estimate, estimate
+    from adaptertools.operations.estimate import Estimate
     from adaptertools.operations.rescale import rescale
     from adaptertools.operations.stack import Stacked, stack
     from adaptertools.operations.summary import summarize
@@ -39,6 +54,8 @@ _HOMES = {
     "MergeReport": "merging.record",
     "Merged": "merging.memory",
     "Outlook": "operations.truncate",
+    "PullReport": "hub.pull",
+    "PushReport": "hub.push",
     "RowSlice": "adapter",
     "ScaleRule": "adapter",
     "Stacked": "operations.stack",
@@ -48,10 +65,12 @@ _HOMES = {
     "WriteReport": "api",
     "convert": "api",
     "diff": "operations.diff",
-    "estimate": "operations.estimate",
+    "estimate": "api",
     "from_state_dict": "api",
-    "merge_into": "merging.memory",
-    "plan_merge": "merging.plan",
+    "merge_into": "api",
+    "plan_merge": "api",
+    "pull": "hub.pull",
+    "push": "api",
     "read": "api",
     "rescale": "operations.rescale",
     "run_merge": "merging.run",
@@ -61,7 +80,7 @@ _HOMES = {
     "to_state_dict": "api",
     "truncate": "operations.truncate",
     "truncation_table": "operations.truncate",
-    "verify_merge": "merging.verify",
+    "verify_merge": "api",
     "write": "api",
 }
 
@@ -79,6 +98,8 @@ __all__ = [
     "MergeReport",
     "Merged",
     "Outlook",
+    "PullReport",
+    "PushReport",
     "RowSlice",
     "ScaleRule",
     "Stacked",
@@ -92,6 +113,8 @@ __all__ = [
     "from_state_dict",
     "merge_into",
     "plan_merge",
+    "pull",
+    "push",
     "read",
     "rescale",
     "run_merge",

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from itertools import pairwise
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any, Self
 
 from torch import Tensor
@@ -117,13 +117,20 @@ def _plain(value: Any) -> Any:
 class Origin:
     """Where an adapter was read from, so that a command can write what it read.
 
-    `options` are the writer options that give the same layout again.
+    `label` is what messages call it, `name` what histories call it: `org/name@sha/sub/folder` for an adapter of the
+    Hub, else the last part of its label. `path` is where it stands on this machine. `options` are the writer options
+    that give the same layout again.
     """
 
     format: str
     container: str
     label: str
+    path: Path | None = None
+    name: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", self.name or PurePath(self.label).name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

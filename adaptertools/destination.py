@@ -49,9 +49,9 @@ def check_beside(dst: Path, module: Format, origin: Origin | None) -> None:
 
     Raises: DestinationError
     """
-    if not module.FOLDER or origin is None:
+    if not module.FOLDER or origin is None or origin.path is None:
         return
-    source = Path(origin.label)
+    source = origin.path
     if source.resolve() in dst.resolve().parents and any(any(source.glob(pattern)) for pattern in _folder_patterns()):
         raise DestinationError(
             f"{dst} lies inside {source}, the adapter that it is made from, which would then hold two: give a place "
@@ -61,13 +61,13 @@ def check_beside(dst: Path, module: Format, origin: Origin | None) -> None:
 
 def left_behind(dst: Path, module: Format, origin: Origin) -> list[str]:
     """A word on what stands beside an adapter in its folder and does not go along: a model card, a tokenizer …"""
-    source = Path(origin.label)
-    if not module.FOLDER or not source.is_dir() or (dst.exists() and dst.samefile(source)):
+    source = origin.path
+    if not module.FOLDER or source is None or not source.is_dir() or (dst.exists() and dst.samefile(source)):
         return []
     files = sorted(entry.name for entry in source.iterdir() if entry.is_file() and not entry.name.startswith("."))
     others = [name for name in files if not any(fnmatch(name, pattern) for pattern in module.FILES)]
     shown = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
-    return [f"not carried along from {source}: {shown}"] if others else []
+    return [f"not carried along from {origin.label}: {shown}"] if others else []
 
 
 def default_container(module: Format, dst: Path) -> str:
@@ -147,7 +147,9 @@ def files_size(folder: Path) -> int:
 
 def source_size(origin: Origin) -> int | None:
     """The bytes of the files that an adapter was read from; None where they cannot be told from others."""
-    path, module = Path(origin.label), formats.get(origin.format)
+    path, module = origin.path, formats.get(origin.format)
+    if path is None:
+        return None
     if path.is_file() and not module.FOLDER:
         beside = path.with_name(path.name + sidecar.SUFFIX)
         return path.stat().st_size + (beside.stat().st_size if beside.is_file() else 0)

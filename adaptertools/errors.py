@@ -26,7 +26,12 @@ AdapterToolsError
 ├── DestinationError(OSError)           the result cannot be put there
 │   ├── DestinationExistsError(FileExistsError)
 │   └── StoppedMergeError               it stopped half-way, and the same call resumes it
-└── SourceNotFoundError(FileNotFoundError)
+├── SourceNotFoundError(FileNotFoundError)
+└── HubError(OSError)                   the Hub, or the way to it
+    ├── HubNotFoundError(FileNotFoundError)  no such repository, revision or file, or none that this token may see
+    ├── HubAccessError(PermissionError) gated, a wrong token, no right to write
+    ├── HubMovedError                   the repository moved on meanwhile
+    └── HubUnavailableError(ConnectionError)  network or server fail, and the same call goes on from what is there
 
 A message says where (file, key), what was found, what was expected, and what to do.
 """
@@ -138,3 +143,23 @@ class StoppedMergeError(DestinationError):
 
 class SourceNotFoundError(AdapterToolsError, FileNotFoundError):
     """There is nothing at the place to read from."""
+
+
+class HubError(AdapterToolsError, OSError):
+    """The Hub did not do what it was asked."""
+
+
+class HubNotFoundError(HubError, FileNotFoundError):
+    """No such repository, revision or file, or none that the token may see."""
+
+
+class HubAccessError(HubError, PermissionError):
+    """A gated repository, a wrong token, or one that may not write there."""
+
+
+class HubMovedError(HubError):
+    """Someone else changed the repository between reading and writing it."""
+
+
+class HubUnavailableError(HubError, ConnectionError):
+    """The network or the server fails for now; the same call goes on from what is there."""

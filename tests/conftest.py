@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from hub_fixtures import hub, impatient, tool  # noqa: F401  (fixtures)
 from proof import proven
 
 import adaptertools

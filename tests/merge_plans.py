@@ -67,6 +67,7 @@ def make_plan(
     return MergePlan(
         base=opened,
         sources=tuple(sources),
+        recorded=tuple(sources),
         weights=(1.0,) * len(sources),
         edits=edits,
         shards=tuple(

@@ -1,5 +1,6 @@
 """README holds what it shows: its transcripts, its Python, its table of formats, its two set-up commands."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -11,6 +12,8 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner
+from hub_fixtures import hub  # noqa: F401
+from hub_server import HubServer
 
 from adaptertools import formats
 from adaptertools.cli import group
@@ -32,9 +35,15 @@ def transcript() -> Iterator[tuple[str, str]]:
             yield command, shown
 
 
+ON_THE_HUB = {"my-org/llama-tiny": "base/llama_tiny", "my-org/llama-lora": "base/llama_tiny_lora"}
+"""The repositories that README reads, and the fixtures that are in them."""
+
+
 @pytest.fixture
-def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder to work in, with the fixtures that README reads."""
+def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub: HubServer) -> Path:  # noqa: F811
+    """An empty folder to work in, with the fixtures that README reads, and a Hub."""
+    for repository, folder in ON_THE_HUB.items():
+        hub.create_repo(repository, {path.name: path.read_bytes() for path in (ROOT / "fixtures" / folder).iterdir()})
     (tmp_path / "fixtures").symlink_to(ROOT / "fixtures")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -45,7 +54,8 @@ def run(command: str) -> str:
     words = shlex.split(command)
     assert words[0] == "adaptertools", f"README shows another program: {command}"
     ran = CliRunner().invoke(group, words[1:], prog_name="adaptertools")
-    return ran.output + (f"[exit code {ran.exit_code}]\n" if ran.exit_code else "")
+    output = ran.output.replace(os.environ["HF_ENDPOINT"], "https://huggingface.co")
+    return output + (f"[exit code {ran.exit_code}]\n" if ran.exit_code else "")
 
 
 def test_the_transcripts_are_what_the_commands_print(desk: Path) -> None:

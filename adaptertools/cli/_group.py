@@ -13,7 +13,7 @@ import click
 
 from adaptertools import __version__
 from adaptertools.cli.options import names_in
-from adaptertools.errors import AdapterToolsError, OptionError, StoppedMergeError
+from adaptertools.errors import AdapterToolsError, HubUnavailableError, OptionError, StoppedMergeError
 
 _JSON = "adaptertools.json"
 """Where the context remembers whether `--json` is among the arguments."""
@@ -102,7 +102,7 @@ def explain(error: BaseException) -> click.ClickException:
             return Interrupted("interrupted")
         case OptionError():
             return BadOption(message)
-        case StoppedMergeError():
+        case StoppedMergeError() | HubUnavailableError():
             return Stopped(message)
         case AdapterToolsError() | OSError():
             return Failed(message)

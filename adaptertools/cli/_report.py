@@ -79,6 +79,8 @@ def writing_lines(report: "WriteReport", unchanged: str = "bit for bit") -> list
         field("modules", f"{report.modules:,}"),
         field("stored", f"{size(report.nbytes)} of tensors in {report.container}, {values_line(report, unchanged)}"),
     ]
+    if report.commit:
+        lines.append(field("commit", report.commit))
     if report.left_out:
         lines.append(field("left out", f"{len(report.left_out)}: {few(report.left_out)}"))
     by_kind: dict[str, list[str]] = {}
@@ -138,6 +140,7 @@ def writing_document(report: "WriteReport") -> dict[str, Any]:
             "container": report.container,
             "nbytes": report.nbytes,
             "nbytes_on_disk": report.nbytes_on_disk,
+            **({"commit": report.commit, "url": report.url} if report.commit else {}),
         },
         "modules": report.modules,
         "exact": report.exact,

@@ -9,9 +9,10 @@ from adaptertools.errors import MissingAlphaError, OptionError
 if TYPE_CHECKING:
     from adaptertools.adapter import Adapter
     from adaptertools.cli.options import Sources
+    from adaptertools.containers.source import Located
 
 
-def read_sources(options: "Sources", srcs: Sequence[str]) -> "list[Adapter]":
+def read_sources(options: "Sources", srcs: "Sequence[Located]") -> "list[Adapter]":
     """The adapters at these places, in order. Alpha goes to those alone whose file does not state it.
 
     Raises: OptionError where an option fits no source, or counts do not match; AdapterToolsError of any reader
@@ -19,7 +20,8 @@ def read_sources(options: "Sources", srcs: Sequence[str]) -> "list[Adapter]":
     from adaptertools import api
 
     formats = _formats(options.source_formats, srcs)
-    given = _reading_arguments(options, formats)
+    base = None if options.base is None else api.localize(options.base, "model", token=options.token, headers=True)
+    given = [{**each, "base": base} for each in _reading_arguments(options, formats)]
     adapters: list[Adapter | None] = []
     missing: dict[int, MissingAlphaError] = {}
     for index, (src, arguments) in enumerate(zip(srcs, given, strict=True)):
@@ -33,7 +35,7 @@ def read_sources(options: "Sources", srcs: Sequence[str]) -> "list[Adapter]":
     return [adapter for adapter in adapters if adapter is not None]
 
 
-def _formats(named: Sequence[str], srcs: Sequence[str]) -> list[str]:
+def _formats(named: Sequence[str], srcs: "Sequence[Located]") -> list[str]:
     from adaptertools import api
 
     if len(named) not in (0, 1, len(srcs)):
@@ -62,7 +64,6 @@ def _reading_arguments(options: "Sources", formats: Sequence[str]) -> list[dict[
     return [
         {
             "format": name,
-            "base": options.base,
             "slots": options.slots if name in slotted else None,
             **parse_assignments("--in", name, _meant_for(own[name], options.in_options), own[name]),
         }
@@ -74,7 +75,9 @@ def _meant_for(known: Any, assignments: Sequence[str]) -> list[str]:
     return [text for text in assignments if text.partition("=")[0].replace("-", "_") in known]
 
 
-def _alphas(values: Sequence[float], srcs: Sequence[str], missing: dict[int, MissingAlphaError]) -> dict[int, float]:
+def _alphas(
+    values: Sequence[float], srcs: "Sequence[Located]", missing: dict[int, MissingAlphaError]
+) -> dict[int, float]:
     """The alpha of each source whose file states none.
 
     Raises: MissingAlphaError where none was given; OptionError where it fits none, or not as many
@@ -85,7 +88,7 @@ def _alphas(values: Sequence[float], srcs: Sequence[str], missing: dict[int, Mis
         raise OptionError(f"--source-alpha {values[0]:g}: every source states its alpha, so that it would do nothing")
     if values and len(values) not in (1, len(missing)):
         raise OptionError(
-            f"--source-alpha is given {len(values)} times, and {_joined([srcs[index] for index in missing])} of "
+            f"--source-alpha is given {len(values)} times, and {_joined([srcs[index].label for index in missing])} of "
             f"{len(srcs)} sources state no alpha: give one value for all of these, or one for each in their order"
         )
     each = list(values) * len(missing) if len(values) == 1 else values

@@ -9,8 +9,8 @@ if TYPE_CHECKING:
     from adaptertools.operations.summary import ModuleSummary, Summary
 
 
-def summary_text(src: str, summary: "Summary") -> str:
-    """One line a fact, then one line a module where the summary holds them."""
+def summary_text(src: str, summary: "Summary", values: str | None = None) -> str:
+    """One line a fact, then one line a module where the summary holds them. `values` says what was not looked at."""
     lines = [f"{src}: {summary.format}, {summary.container}"]
     lines += [field("base model", f"{part}: {base}" if part else base) for part, base in summary.bases.items()]
     lines += [
@@ -27,6 +27,7 @@ def summary_text(src: str, summary: "Summary") -> str:
     lines += [field("holds", ", ".join(summary.features))] if summary.features else []
     lines += [field("history", _operation(entry)) for entry in summary.history]
     lines += [field("odd", oddity) for oddity in summary.oddities]
+    lines += [field("values", values)] if values else []
     if summary.rows:
         lines += ["", table([_HEADINGS, *map(_row, summary.rows)])]
     return "\n".join(lines)

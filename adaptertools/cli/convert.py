@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 def command(
     src: str, dst: str, to: str, reading: Reading, writing: Writing, output: Output, **selection: tuple[str, ...]
 ) -> None:
-    """Read the adapter SRC and write it to DST in another format.
+    """Read the adapter SRC and write it to DST in another format. SRC may be an address on the Hub, as org/name; DST
+    too, as hf://org/name.
 
     What the format of DST cannot hold is refused by name, unless --drop gives it up. Where it has no alpha, the scaling
     is folded into lora_B, and the report says whether that was exact.
@@ -38,18 +39,20 @@ def command(
     from adaptertools import api
     from adaptertools.cli._progress import progress
 
+    place = reading.locate(src, output)
     with progress("convert", output) as on_progress:
         report = api.convert(
-            src,
+            place,
             dst,
             to=to,
-            read_options=reading.arguments(src),
+            read_options=reading.arguments(place),
             allow_nonfinite=reading.allow_nonfinite,
+            token=reading.token,
             on_progress=on_progress,
             **selection,
             **writing.arguments(to),
         )
-    output.show(lambda: _text(src, report), lambda: _document(src, report))
+    output.show(lambda: _text(place.label, report), lambda: _document(place.label, report))
 
 
 def _text(src: str, report: "WriteReport") -> str:

@@ -28,6 +28,7 @@ def command(
     ctx: click.Context, a: str, b: str, modules: bool, tolerance: float, sources: Sources, output: Output
 ) -> None:
     """Compare what the adapters A and B add to a model: the relative distance and the cosine of their delta weights.
+    Both may be addresses on the Hub, as org/name.
 
     Formats, ranks, alphas, dtypes and the order of the factors may differ. Whole weights, DoRA magnitudes and whatever
     else changes the model is compared too. Exits with 0 if all is the same within the tolerance, with 4 if not.
@@ -35,7 +36,9 @@ def command(
     from adaptertools.cli._progress import progress
     from adaptertools.operations.diff import diff
 
-    one, other = sources.read_all([a, b])
+    places = sources.locate([a, b], output)
+    one, other = sources.read_all(places)
+    a, b = (place.label for place in places)
     with progress("diff", output, unit="parameters") as advance:
         found = diff(one, other, tolerance=tolerance, norms=modules, on_progress=advance)
     output.show(lambda: _text(a, b, found, modules), lambda: _document(a, b, found, modules))

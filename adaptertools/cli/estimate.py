@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from adaptertools.cli.options import Output, output_options
+from adaptertools.cli.options import Output, output_options, revision_option, token_option
 from adaptertools.errors import OptionError
 
 if TYPE_CHECKING:
@@ -21,18 +21,24 @@ if TYPE_CHECKING:
     metavar="NAME,…",
     help="Target modules by name, last parts of a name, or glob; repeatable. [default: all-linear]",
 )
+@revision_option()
+@token_option()
 @output_options()
-def command(base: str, ranks: Sequence[str], targets: Sequence[str], output: Output) -> None:
+def command(
+    base: str, ranks: Sequence[str], targets: Sequence[str], revision: str | None, token: str | None, output: Output
+) -> None:
     """Print the parameters, share of the model and size of LoRA on BASE, by target module and in all.
 
-    BASE is a folder, an index or a file of weights, of which the headers alone are read. all-linear is every linear
-    layer but the output head, as in PEFT.
+    BASE is a folder, an index, a file of weights or an address on the Hub; the headers alone are read. all-linear is
+    every linear layer but the output head, as in PEFT.
     """
+    from adaptertools import api
     from adaptertools.operations.estimate import ALL_LINEAR, estimate
 
     chosen = [name for text in targets for name in _listed("--targets", text)]
     wanted = [_rank(text) for given in ranks for text in _listed("--rank", given)]
-    found = estimate(base, ranks=wanted, targets=chosen or [ALL_LINEAR])
+    place = api.localize(base, "model", revision=revision, token=token, headers=True)
+    found = estimate(place, ranks=wanted, targets=chosen or [ALL_LINEAR])
     output.show(lambda: _text(found), found.to_json)
 
 

@@ -1,8 +1,15 @@
 """`adaptertools inspect`: what there is to know about an adapter before using it."""
 
+from typing import TYPE_CHECKING, Any
+
 import click
 
 from adaptertools.cli.options import Output, Reading, output_options, reading_options
+
+if TYPE_CHECKING:
+    from adaptertools.adapter import Adapter
+    from adaptertools.containers.source import Located
+    from adaptertools.operations.summary import Summary
 
 _READ_AT_ONCE = 256_000_000
 """Bytes of an adapter up to which its values are looked at unasked; of a larger one the headers must do."""
@@ -16,7 +23,8 @@ _READ_AT_ONCE = 256_000_000
 def command(src: str, modules: bool, reading: Reading, output: Output) -> None:
     """Print what the adapter SRC is: format, base model, ranks, alphas, scalings, size, and what is odd about it.
 
-    Values (NaN, factors that are all zero) are looked at in adapters of up to 256 MB, and always with --modules.
+    Values (NaN, factors that are all zero) are looked at in adapters of up to 256 MB on this machine, and always with
+    --modules. Of an adapter on the Hub that is not in the cache, the headers alone are fetched, unless with --modules.
     """
     from dataclasses import replace
 
@@ -24,12 +32,38 @@ def command(src: str, modules: bool, reading: Reading, output: Output) -> None:
     from adaptertools.cli._summary import summary_text
     from adaptertools.operations.summary import summarize
 
-    how = reading.arguments(src)
-    adapter = api.read(src, **how)
+    place, how, adapter = _read(src, modules, reading, output)
     summary = summarize(adapter)
-    if modules or summary.nbytes <= _READ_AT_ONCE:
+    looked = modules or (summary.nbytes <= _READ_AT_ONCE and not place.here)
+    if looked:
         summary = summarize(adapter, values=True)
-        summary = replace(summary, oddities=(*summary.oddities, *api.oddities(src, **how)))
+        summary = replace(summary, oddities=(*summary.oddities, *api.oddities(place, **how)))
     if not modules:
         summary = replace(summary, rows=())
-    output.show(lambda: summary_text(src, summary), summary.to_json)
+    left = None if looked else _not_looked_at(place)
+    output.show(lambda: summary_text(place.label, summary, left), lambda: _document(summary, looked))
+
+
+def _read(src: str, modules: bool, reading: Reading, output: Output) -> "tuple[Located, dict[str, Any], Adapter]":
+    """The adapter, of which the values are here where they are wanted: by `--modules`, or by its format."""
+    from adaptertools import api
+
+    place = reading.locate(src, output, headers=not modules)
+    try:
+        how = reading.arguments(place)
+        return place, how, api.read(place, **how)
+    except RuntimeError:  # torch's for a tensor without values
+        if not place.here:
+            raise
+        place = reading.locate(src, output)
+        how = reading.arguments(place)
+        return place, how, api.read(place, **how)
+
+
+def _not_looked_at(place: "Located") -> str:
+    where = "the headers alone were fetched" if place.here else "the headers alone were read"
+    return f"not checked: {where}. --modules looks at them"
+
+
+def _document(summary: "Summary", looked: bool) -> dict[str, Any]:
+    return {**summary.to_json(), "values_checked": looked}

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adaptertools.cli.options import Output, Sources, device_option, output_options, sources_options
+from adaptertools.cli.options import Output, Sources, device_option, output_options, revision_option, sources_options
 
 if TYPE_CHECKING:
+    from adaptertools.hub.stream import Merged
     from adaptertools.merging.kernels import Statistics
     from adaptertools.merging.outlook import MergeOutlook
     from adaptertools.merging.plan import MergePlan
-    from adaptertools.merging.record import MergeReport
 
 _SHOWN = 5
 """Tensors that are listed: those of whose change rounding took the most."""
@@ -33,6 +33,10 @@ _SHOWN = 5
 @click.option("--hash", "hashed", is_flag=True, help="Record the SHA-256 of every file of the base; reads it twice.")
 @click.option("--max-memory", metavar="BYTES", default="2GiB", show_default=True, help="Host memory beside adapters.")
 @click.option("--workers", type=click.IntRange(min=1), metavar="N", help="Threads. [default: one a core, at most 16]")
+@click.option("--low-disk", is_flag=True, help="From or to the Hub: keep no shard longer than it is needed.")
+@click.option("--private", is_flag=True, help="Make the repository DST a private one.")
+@click.option("--work-dir", metavar="DIR", help="Where a merge to the Hub is made. [default: beside the Hub's cache]")
+@revision_option()
 @sources_options(writes=False, base=False)
 @output_options()
 def command(
@@ -50,42 +54,51 @@ def command(
     hashed: bool,
     max_memory: str,
     workers: int | None,
+    low_disk: bool,
+    private: bool,
+    work_dir: str | None,
+    revision: str | None,
     sources: Sources,
     output: Output,
 ) -> None:
     """Write the folder DST: the base model BASE with W + w1·ΔW1 + w2·ΔW2 + … of every ADAPTER, rounded once.
 
-    BASE is a folder with safetensors or torch weights. What no adapter changes is copied byte by byte. A merge that was
-    stopped is gone on with by the same command; nothing stands at DST before all is done.
+    BASE is a folder with safetensors or torch weights, or a model on the Hub. What no adapter changes is copied byte by
+    byte. DST may be hf://org/name. From and to the Hub, the next shard is fetched while one merges and the last one is
+    sent. A merge that was stopped is gone on with by the same command; nothing stands at DST before all is done.
     """
     from adaptertools.cli._progress import progress
     from adaptertools.cli._values import parse_weights
+    from adaptertools.hub.stream import Way
     from adaptertools.merging.outlook import preview
     from adaptertools.merging.plan import plan_merge
-    from adaptertools.merging.run import check_destination, run_merge
     from adaptertools.operations.sizes import parse_size
     from adaptertools.tensors import parse_dtype
 
     given = parse_weights(weights, len(adapters))
     computing: dict[str, Any] = {"device": device, "max_memory": parse_size(max_memory, 0), "workers": workers}
+    way = Way.parse(dst, token=sources.token, low_disk=low_disk, private=private, work_dir=work_dir)
+    with progress("download", output) as advance:
+        base = way.open_base(model, revision=revision, on_progress=advance)
+    places = sources.locate(adapters, output)
     plan = plan_merge(
-        model,
-        replace(sources, base=model).read_all(adapters),
+        base,
+        replace(sources, base=base).read_all(places),
         given,
         dtype=parse_dtype(dtype) if dtype else None,
         allow_unmatched=allow_unmatched,
         untie=untie,
         full_weights=full_weights,
-        sources=adapters,
+        sources=[place.label for place in places],
     )
     if dry_run:
-        check_destination(plan, dst, overwrite=overwrite)
+        way.check(plan, overwrite=overwrite)
         outlook = preview(plan, **computing)
         output.show(lambda: _plan_text(plan, outlook), lambda: {"dry_run": True, **asdict(outlook), **_plan(plan)})
         return
     with progress("merge", output) as advance:
-        report = run_merge(plan, dst, overwrite=overwrite, hash=hashed, on_progress=advance, **computing)
-    output.show(lambda: _text(plan, report), lambda: _document(plan, report))
+        merged = way.run(plan, overwrite=overwrite, hash=hashed, on_progress=advance, **computing)
+    output.show(lambda: _text(plan, merged), lambda: _document(plan, merged))
 
 
 def _plan_text(plan: "MergePlan", outlook: "MergeOutlook") -> str:
@@ -104,13 +117,15 @@ def _plan_text(plan: "MergePlan", outlook: "MergeOutlook") -> str:
     return "\n".join([*lines, *_remark_lines(plan.left_out, plan.notes)])
 
 
-def _text(plan: "MergePlan", report: "MergeReport") -> str:
+def _text(plan: "MergePlan", merged: "Merged") -> str:
     from adaptertools.cli._report import count, field, relative, size, table
 
+    report = merged.report
     adapters = count(len(plan.sources), "adapter")
     tensors = sum(len(shard.tensors) for shard in plan.shards)
     lines = [
-        f"Merged {adapters} into {plan.base.label}: {report.path}",
+        f"Merged {adapters} into {plan.base.label}: {merged.place}",
+        *([field("commit", merged.url)] if merged.url else []),
         *_source_lines(plan),
         field("changed", f"{len(report.tensors):,} of {count(tensors, 'tensor')}, computed on {report.device}"),
         *([field("replaced", count(len(report.replaced), "tensor"))] if report.replaced else []),
@@ -173,12 +188,14 @@ def _plan(plan: "MergePlan") -> dict[str, Any]:
     }
 
 
-def _document(plan: "MergePlan", report: "MergeReport") -> dict[str, Any]:
+def _document(plan: "MergePlan", merged: "Merged") -> dict[str, Any]:
     from adaptertools.merging.record import figures
 
+    report = merged.report
+    commit = {"sha": merged.sha, "url": merged.url} if merged.sha else {}
     return {
         **_plan(plan),
-        "destination": {"path": str(report.path), "nbytes": report.nbytes, "files": list(report.files)},
+        "destination": {"path": merged.place, **commit, "nbytes": report.nbytes, "files": list(report.files)},
         "device": report.device,
         "resumed": report.resumed,
         "tensors": {name: figures(sums) for name, sums in report.tensors.items()},

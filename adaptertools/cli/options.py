@@ -10,6 +10,7 @@ import click
 
 if TYPE_CHECKING:
     from adaptertools.adapter import Adapter
+    from adaptertools.containers.source import Located
     from adaptertools.operations.truncate import Measure
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -35,8 +36,21 @@ class Reading:
     base: str | None
     allow_nonfinite: bool
     in_options: Sequence[str]
+    revision: str | None
+    token: str | None
 
-    def arguments(self, src: str) -> dict[str, Any]:
+    def locate(self, src: str, output: "Output", *, headers: bool = False) -> "Located":
+        """The files of the source, downloaded if it is an address on the Hub; of large ones the headers alone.
+
+        Raises: HubError, OptionError
+        """
+        from adaptertools import api
+        from adaptertools.cli._progress import progress
+
+        with progress("download", output) as advance:
+            return api.localize(src, revision=self.revision, token=self.token, headers=headers, on_progress=advance)
+
+    def arguments(self, src: "str | Located") -> dict[str, Any]:
         """The keyword arguments of `adaptertools.read` for this source.
 
         Raises: OptionError, SourceNotFoundError, UnknownFormatError, AmbiguousFormatError
@@ -46,7 +60,8 @@ class Reading:
 
         name = self.source_format or api.detect(src)
         own = parse_assignments("--in", name, self.in_options, api.read_options(name))
-        return {"format": name, "alpha": self.source_alpha, "slots": self.slots, "base": self.base, **own}
+        given = {"alpha": self.source_alpha, "slots": self.slots, "base": self.base, "token": self.token}
+        return {"format": name, **given, **own}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,10 +72,33 @@ class Sources:
     source_alphas: Sequence[float]
     slots: str | None
     in_options: Sequence[str]
-    base: str | None = None
+    token: str | None
+    base: "str | Located | None" = None
     allow_nonfinite: bool = False
 
-    def read_all(self, srcs: Sequence[str]) -> "list[Adapter]":
+    def locate(self, srcs: Sequence[str], output: "Output") -> "list[Located]":
+        """The files of the sources, in order, downloaded where they are addresses on the Hub.
+
+        Raises: HubError, OptionError
+        """
+        from adaptertools import api
+        from adaptertools.cli._progress import progress
+
+        with progress("download", output) as advance:
+            return api.localize_all(srcs, token=self.token, on_progress=advance)
+
+    def locate_model(self, model: str, output: "Output") -> "Located":
+        """The files of a base model, or of a merged one.
+
+        Raises: HubError, OptionError
+        """
+        from adaptertools import api
+        from adaptertools.cli._progress import progress
+
+        with progress("download", output) as advance:
+            return api.localize(model, "model", token=self.token, on_progress=advance)
+
+    def read_all(self, srcs: "Sequence[Located]") -> "list[Adapter]":
         """The adapters at these places, in order.
 
         Raises: AdapterToolsError; OptionError for an option that is meant for none of them
@@ -179,6 +217,8 @@ def reading_options(*alpha: str) -> Decorator:
         click.option(
             "--in", "in_options", multiple=True, metavar="NAME=VALUE", help="Option of SRC's format; repeatable."
         ),
+        revision_option(),
+        token_option(),
     )
 
 
@@ -217,6 +257,7 @@ def sources_options(*, writes: bool = True, base: bool = True) -> Decorator:
             metavar="NAME=VALUE",
             help="Option of a source's format, for every source whose format has it; repeatable.",
         ),
+        token_option(),
     )
 
 
@@ -263,8 +304,22 @@ def rank_options() -> Decorator:
 def device_option() -> Decorator:
     """`--device`, as the argument `device`."""
     return click.option(
-        "--device", metavar="D", default="auto", show_default=True, help="Where to compute: auto, cpu, cuda or cuda:N."
+        "--device",
+        metavar="D",
+        default="auto",
+        show_default=True,
+        help="Where to compute: auto, cpu, cuda, cuda:N, or mps (untested; products of merges alone).",
     )
+
+
+def revision_option() -> Decorator:
+    """`--revision`, as the argument `revision`."""
+    return click.option("--revision", metavar="R", help="Branch, tag or commit of an address on the Hub.")
+
+
+def token_option() -> Decorator:
+    """`--token`, as the argument `token`."""
+    return click.option("--token", metavar="TOKEN", help="Token for the Hub. [default: HF_TOKEN, or that of `hf auth`]")
 
 
 def output_options() -> Decorator:

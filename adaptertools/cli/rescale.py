@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 @reading_options()
 @output_options()
 def command(src: str, dst: str, alpha: float, keep: "Keep", reading: Reading, writing: Writing, output: Output) -> None:
-    """Read the adapter SRC, give every module the new alpha, and write it to DST in the format that was read.
+    """Read the adapter SRC, give every module the new alpha, and write it to DST in the format that was read. SRC may
+    be an address on the Hub, as org/name; DST too, as hf://org/name.
 
     With --keep delta and --keep ratio the adapter acts as before. With --keep weights it becomes stronger or weaker,
     and the message says how many times.
@@ -36,13 +37,15 @@ def command(src: str, dst: str, alpha: float, keep: "Keep", reading: Reading, wr
     from adaptertools.cli._progress import progress
     from adaptertools.operations.rescale import rescale
 
-    adapter = api.read(src, **reading.arguments(src))
+    place = reading.locate(src, output)
+    adapter = api.read(place, **reading.arguments(place))
     nonfinite = reading.allow_nonfinite
     rescaled = rescale(adapter, alpha, keep, allow_nonfinite=nonfinite)
     with progress("rescale", output) as advance:
         how = writing.arguments_like(adapter)
-        report = api.write(rescaled, dst, allow_nonfinite=nonfinite, on_progress=advance, **how)
-    output.show(lambda: _text(src, adapter, rescaled, report), lambda: _document(src, adapter, rescaled, report))
+        report = api.write(rescaled, dst, allow_nonfinite=nonfinite, token=reading.token, on_progress=advance, **how)
+    told = (place.label, adapter, rescaled, report)
+    output.show(lambda: _text(*told), lambda: _document(*told))
 
 
 def _text(src: str, before: "Adapter", after: "Adapter", report: "WriteReport") -> str:

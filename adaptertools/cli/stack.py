@@ -71,6 +71,7 @@ def command(
     output: Output,
 ) -> None:
     """Combine the adapters SRC into one and write it to DST, in the format of the first unless --to names another.
+    Sources may be addresses on the Hub, as org/name; DST too, as hf://org/name.
 
     sum gives w1·ΔW1 + w2·ΔW2 + … exactly, by concatenation, so that the ranks add up. ties, dare-linear, dare-ties and
     knots-ties drop and elect entries in the sources' joint singular basis. A rank option then lowers the rank of the
@@ -85,11 +86,14 @@ def command(
 
     *srcs, dst = _places(paths)
     given = parse_weights(weights, len(srcs))
-    read = [api.give_up(adapter, writing.drop) for adapter in sources.read_all(srcs)]
+    places = sources.locate(srcs, output)
+    srcs = [place.label for place in places]
+    read = [api.give_up(adapter, writing.drop) for adapter in sources.read_all(places)]
     adapters, dropped = [adapter for adapter, _ in read], merge_notes(*(names for _, names in read))
     how = writing.arguments_like(adapters[0]) if to is None else {**writing.arguments(to), "format": to}
     how["drop"] = [kind for kind in writing.drop if not any(name.startswith(f"{kind}: ") for name in dropped)]
-    check_destination(Path(dst), formats.get(how["format"]), how["overwrite"])
+    if isinstance(place := api.as_destination(dst), Path):
+        check_destination(place, formats.get(how["format"]), how["overwrite"])
     with progress("stack", output, "module") as advance:
         stacked = stack(
             adapters,
@@ -106,7 +110,8 @@ def command(
             **ranks.arguments(),
         )
     with progress("write", output) as advance:
-        report = api.write(stacked.adapter, dst, allow_nonfinite=sources.allow_nonfinite, on_progress=advance, **how)
+        carried: dict[str, Any] = {"allow_nonfinite": sources.allow_nonfinite, "token": sources.token}
+        report = api.write(stacked.adapter, dst, on_progress=advance, **carried, **how)
         report = replace(report, dropped=dropped)
     output.show(lambda: _text(srcs, stacked, report), lambda: _document(srcs, stacked, report))
 

@@ -41,7 +41,8 @@ def command(
     writing: Writing,
     output: Output,
 ) -> None:
-    """Read the adapter SRC, lower its ranks, and write it to DST in the format that was read.
+    """Read the adapter SRC, lower its ranks, and write it to DST in the format that was read. SRC may be an address on
+    the Hub, as org/name; DST too, as hf://org/name.
 
     One of --rank, --energy, --error and --size says how far. What is kept is nearest to SRC in the Frobenius norm of
     the delta weight; how near is said for every module and for all together. --size counts all files of DST. With
@@ -57,7 +58,8 @@ def command(
 
     if dst is None and not dry_run:
         raise click.UsageError("Missing argument 'DST'; --dry-run alone needs none.")
-    before = api.read(src, **reading.arguments(src))
+    place = reading.locate(src, output)
+    before = api.read(place, **reading.arguments(place))
     adapter, dropped = api.give_up(before, writing.drop)
     how = writing.arguments_like(adapter)
     how["drop"] = [kind for kind in writing.drop if not before.holders(parse_feature(kind))]
@@ -66,13 +68,18 @@ def command(
     with progress("truncate", output, "module") as advance:
         if dry_run or dst is None:
             outlooks = _outlooks(adapter, ranks, computing, advance)
-            output.show(lambda: _outlook_text(src, outlooks), lambda: _outlook_document(src, outlooks))
+            output.show(lambda: _outlook_text(place.label, outlooks), lambda: _outlook_document(place.label, outlooks))
             return
         done = truncate(adapter, **ranks.arguments(), **computing, on_progress=advance)
     stored = source_size(before.origin) if before.origin else None  # now, since DST may be SRC
     with progress("write", output) as advance:
-        report = replace(api.write(done.adapter, dst, on_progress=advance, **how), dropped=dropped)
-    source = {"path": src, "format": report.format, "nbytes": summarize(before).nbytes, "nbytes_on_disk": stored}
+        report = replace(api.write(done.adapter, dst, token=reading.token, on_progress=advance, **how), dropped=dropped)
+    source = {
+        "path": place.label,
+        "format": report.format,
+        "nbytes": summarize(before).nbytes,
+        "nbytes_on_disk": stored,
+    }
     output.show(lambda: _text(source, adapter, done, report), lambda: _document(source, done, report))
 
 

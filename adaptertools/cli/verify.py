@@ -18,6 +18,12 @@ _FAILED = 4
 _SHOWN = 5
 """Tensors that are listed, the worst first."""
 
+_ALLOWED = {
+    1: "one rounding",
+    2: "two roundings for each adapter",
+    6: "six roundings for each adapter with DoRA, two for others",
+}
+
 
 @click.command("verify", short_help="Prove that a merged model is right.")
 @click.argument("model", metavar="BASE")
@@ -44,26 +50,29 @@ def command(
     sources: Sources,
     output: Output,
 ) -> None:
-    """Compare MERGED with what the base model BASE and the adapters have to give, tensor by tensor.
+    """Compare MERGED with what the base model BASE and the adapters have to give, tensor by tensor. Each may be an
+    address on the Hub, as org/name.
 
     What no adapter changes must be the base's own, byte by byte; the rest within one rounding of W + s·B·A, or two for
-    each adapter where another tool made the merge. Exits with 0 if all is right, with 4 if not.
+    each adapter (six with DoRA) where another tool made the merge. Exits with 0 if all is right, with 4 if not.
     """
     from adaptertools.cli._progress import progress
     from adaptertools.cli._values import parse_weights
     from adaptertools.merging.verify import verify_merge
 
     given = parse_weights(weights, len(adapters))
-    read = replace(sources, base=model).read_all(adapters)
+    base, result = sources.locate_model(model, output), sources.locate_model(merged, output)
+    places = sources.locate(adapters, output)
+    read = replace(sources, base=base).read_all(places)
     with progress("verify", output) as advance:
         found = verify_merge(
-            model,
+            base,
             read,
-            merged,
+            result,
             given,
             allow_unmatched=allow_unmatched,
             full_weights=full_weights,
-            sources=adapters,
+            sources=[place.label for place in places],
             device=device,
             on_progress=advance,
         )
@@ -80,7 +89,7 @@ def _text(found: "Verification") -> str:
     if found.tensors:
         copied = len(found.tensors) - len(computed)
         lines.append(field("tensors", f"{len(computed):,} merged, {copied:,} to be the same bit for bit"))
-        lines.append(field("allowed", "two roundings for each adapter" if found.by_other_tool else "one rounding"))
+        lines.append(field("allowed", _ALLOWED[found.allowed]))
     lines += [field("wrong", problem) for problem in found.problems]
     lines += [field("wrong", _wrong_line(each)) for each in found.wrong[:_SHOWN]]
     if len(found.wrong) > _SHOWN:

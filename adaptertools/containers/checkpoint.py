@@ -15,6 +15,7 @@ from torch import Tensor
 from adaptertools import containers
 from adaptertools.containers import safetensors
 from adaptertools.containers.jsonfile import read_json
+from adaptertools.containers.source import Located, located
 from adaptertools.containers.tensorfile import TensorFile
 from adaptertools.errors import (
     AmbiguousFormatError,
@@ -27,7 +28,7 @@ from adaptertools.errors import (
 
 _CONFIG = "config.json"
 _INDEX = ".index.json"
-_WEIGHTS = (
+WEIGHTS = (
     "model.safetensors.index.json",
     "model.safetensors",
     "diffusion_pytorch_model.safetensors.index.json",
@@ -70,15 +71,24 @@ class Checkpoint:
     places: Mapping[str, Place | None] = field(default_factory=dict)
     """None for tensors of torch files that do not lie there in one piece, or whose place cannot be told."""
     mapped: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    opened: Located | None = None
+    """Where it was opened; None for weights in memory."""
 
     @classmethod
-    def open(cls, path: Path) -> Self:
+    def open(cls, given: str | Path | Located) -> Self:
         """A folder with a model, an index of shards, or one file of weights.
 
         Raises: SourceNotFoundError, UnknownFormatError, DamagedFileError and the like
         """
+        opened = located(given)
+        with opened.naming():
+            return cls._open(opened)
+
+    @classmethod
+    def _open(cls, opened: Located) -> Self:
+        path = opened.path
         if not path.exists():
-            raise SourceNotFoundError(f"{path}: there is no such base model{_hub_hint(path)}")
+            raise SourceNotFoundError(f"{opened.label}: there is no such base model")
         weights = _find_weights(path) if path.is_dir() else path
         indexed = weights.name.endswith(_INDEX)
         files = _read_shards(weights) if indexed else [_read_weights(weights)]
@@ -89,10 +99,11 @@ class Checkpoint:
         shared: set[str] = set()
         for file in files:
             shared |= _shared(file)
+            here = opened.described(file, Path(file.label)).tensors
             for name, tensor in file.tensors.items():
                 if name in mapped:
                     raise DamagedFileError(f"{file.label}: {name} stands in another shard too; which one is meant?")
-                mapped[name] = tensor
+                mapped[name] = here[name]
                 offset = file.offsets.get(name)
                 place = Place(Path(file.label), offset, tensor.nbytes) if offset is not None else None
                 places[name] = place
@@ -101,7 +112,8 @@ class Checkpoint:
             shapes={name: tuple(tensor.shape) for name, tensor in mapped.items()},
             dtypes={name: tensor.dtype for name, tensor in mapped.items()},
             config=read_json(config) if config.is_file() else {},
-            label=str(path),
+            label=opened.label,
+            opened=opened,
             shared=frozenset(shared),
             container=files[0].container,
             files=tuple(Path(file.label) for file in files),
@@ -110,6 +122,11 @@ class Checkpoint:
             places=places,
             mapped=mapped,
         )
+
+    @property
+    def name(self) -> str:
+        """What records call it: `org/name@sha` for a model of the Hub, else the last part of its path."""
+        return self.opened.name if self.opened else PurePath(self.label).name
 
     @property
     def folder(self) -> Path:
@@ -147,20 +164,13 @@ class Checkpoint:
         )
 
 
-def _hub_hint(path: Path) -> str:
-    """What to do about a path that is none, but may be the name of a model on the Hugging Face Hub."""
-    if path.is_absolute() or len(path.parts) != 2 or path.parent.exists() or path.parts[0].startswith("."):
-        return ""
-    return f" here. A local path is needed; if it is a name on the Hub, `hf download {path}` prints one"
-
-
 def _find_weights(folder: Path) -> Path:
-    for name in _WEIGHTS:
+    for name in WEIGHTS:
         if (folder / name).is_file():
             return folder / name
     others = sorted(folder.glob("*.safetensors"))
     if not others:
-        raise UnknownFormatError(f"{folder}: no weights of a base model; expected one of {', '.join(_WEIGHTS)}")
+        raise UnknownFormatError(f"{folder}: no weights of a base model; expected one of {', '.join(WEIGHTS)}")
     if len(others) > 1:
         names = ", ".join(other.name for other in others[:5])
         raise AmbiguousFormatError(f"{folder}: several weight files and no index ({names}); name one of them")

@@ -1,6 +1,8 @@
 """A place an adapter is read from: a file, a folder, or tensors in memory, seen the same way by every format."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -10,7 +12,7 @@ from torch import Tensor
 from adaptertools import containers
 from adaptertools.containers.jsonfile import read_json
 from adaptertools.containers.tensorfile import TensorFile, reading
-from adaptertools.errors import EmptyFileError, OptionError, SourceNotFoundError
+from adaptertools.errors import AdapterToolsError, EmptyFileError, OptionError, SourceNotFoundError
 
 _MEMORY = "memory"
 
@@ -25,6 +27,67 @@ def as_path(given: str | Path) -> Path:
     return Path(given)
 
 
+@dataclass(frozen=True, slots=True)
+class Located:
+    """A file or folder on this machine, and what it is called: a copy of something on the Hub keeps its name there."""
+
+    path: Path
+    label: str
+    """What messages call it."""
+    name: str
+    """What histories and records call it: `org/name@sha/sub/folder`, or the file's own name."""
+    here: Mapping[Path, frozenset[str]] = field(default_factory=dict, compare=False, repr=False)
+    """Files of which only the header is on this machine, each with the tensors whose values are here all the same."""
+    holder: object = field(default=None, compare=False, repr=False)
+    """What must live as long as the files are wanted: a folder that is removed with it."""
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether it is a copy of something on the Hub, and maybe of a part of it."""
+        return self.label != str(self.path)
+
+    def at(self, path: Path) -> "Located":
+        """A place in it, or around it, called accordingly."""
+        if not self.is_remote:
+            return located(path)
+        home, label, name = self.path, self.label, self.name
+        while not path.is_relative_to(home):
+            home, label, name = home.parent, label.rpartition("/")[0], name.rpartition("/")[0]
+        below = path.relative_to(home).parts
+        return replace(self, path=path, label="/".join([label, *below]), name="/".join([name, *below]))
+
+    @contextmanager
+    def naming(self) -> Iterator[None]:
+        """Errors within speak of a copy of something on the Hub by its name there, not by where the copy is."""
+        try:
+            yield
+        except AdapterToolsError as error:
+            home = self.at(self.path.parent) if self.path.is_file() else self
+            if not self.is_remote or str(home.path) not in str(error):
+                raise
+            raise type(error)(str(error).replace(str(home.path), home.label)) from error
+
+    def described(self, file: TensorFile, path: Path) -> TensorFile:
+        """The tensors of a file in it, called as it is called. Values that are not here raise where they are used."""
+        if path in self.here:
+            tensors = {
+                name: tensor if name in self.here[path] else tensor.to("meta") for name, tensor in file.tensors.items()
+            }
+            file = replace(file, tensors=tensors)
+        return replace(file, label=self.at(path).label)
+
+
+def located(given: str | Path | Located) -> Located:
+    """Where a caller's path leads, called as the caller calls it.
+
+    Raises: OptionError for an empty string, which would mean the current folder
+    """
+    if isinstance(given, Located):
+        return given
+    path = as_path(given)
+    return Located(path, str(path), path.name or path.resolve().name)
+
+
 class Source:
     """Tensor files and JSON documents under names, opened once and only when asked for.
 
@@ -32,12 +95,15 @@ class Source:
     directly in it. `folders` are the sub-folders, for formats that keep several adapters side by side.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, given: Path | Located) -> None:
+        self.place: Located | None = located(given)
+        path = self.place.path
         with reading(path):
             if not path.exists():
-                raise SourceNotFoundError(f"{path}: there is no such file or folder")
+                raise SourceNotFoundError(f"{self.place.label}: there is no such file or folder")
         self.path: Path | None = path
-        self.label = str(path)
+        self.label = self.place.label
+        self.name = self.place.name
         self._tensors: dict[str, TensorFile] = {}
         self._documents: dict[str, dict[str, Any] | None] = {}
 
@@ -49,8 +115,8 @@ class Source:
         if not tensors:
             raise EmptyFileError(f"{label}: there is no tensor")
         source = cls.__new__(cls)
-        source.path = None
-        source.label = label
+        source.place = source.path = None
+        source.label = source.name = label
         source._tensors = {_MEMORY: TensorFile(tensors=tensors, container=_MEMORY, label=label)}
         source._documents = {name: dict(document) for name, document in documents.items()}
         return source
@@ -100,7 +166,9 @@ class Source:
         """
         if self.root is None:
             return _MEMORY
-        found = containers.identify(self.root / name)
+        assert self.place is not None
+        with self.place.naming():
+            found = containers.identify(self.root / name)
         return found.NAME if found else None
 
     @cached_property
@@ -124,7 +192,9 @@ class Source:
         """
         if name not in self._tensors:
             assert self.root is not None
-            self._tensors[name] = containers.read(self.root / name)
+            assert self.place is not None
+            with self.place.naming():
+                self._tensors[name] = self.place.described(containers.read(self.root / name), self.root / name)
         return self._tensors[name]
 
     def document(self, name: str) -> dict[str, Any] | None:
@@ -133,11 +203,27 @@ class Source:
         Raises: DamagedFileError
         """
         if name not in self._documents:
-            path = self.root / name if self.root is not None else None
-            self._documents[name] = read_json(path) if path is not None and path.is_file() else None
+            self._documents[name] = self._read_document(name)
         return self._documents[name]
+
+    def _read_document(self, name: str) -> dict[str, Any] | None:
+        if self.root is None or self.place is None or not (self.root / name).is_file():
+            return None
+        with self.place.naming():
+            return read_json(self.root / name)
+
+    def label_of(self, name: str) -> str:
+        """What messages call a file that stands in it."""
+        return name if self.place is None or self.root is None else self.place.at(self.root / name).label
 
     def sub(self, name: str) -> "Source":
         """A sub-folder as a source of its own."""
         assert self.root is not None
-        return Source(self.root / PurePosixPath(name))
+        assert self.place is not None
+        return Source(self.place.at(self.root / PurePosixPath(name)))
+
+    def beside(self) -> "Source":
+        """The folder in which a source that is a file stands."""
+        assert self.path is not None
+        assert self.place is not None
+        return Source(self.place.at(self.path.parent))

@@ -139,7 +139,9 @@ def read(
         history=read_history(file.metadata, document),
         metadata=record.metadata,
         notes=merge_notes(record_notes, keys.notes, layout_notes, alpha_notes, weight_notes),
-        origin=Origin(format="loralib", container=file.container, label=source.label),
+        origin=Origin(
+            format="loralib", container=file.container, label=source.label, path=source.path, name=source.name
+        ),
     )
 
 

@@ -134,7 +134,7 @@ def read(
         history=read_history(found.metadata, found.source.document(peft_files.SIDECAR)),
         metadata={"peft": metadata},
         notes=merge_notes(found.notes, contents.notes, config.notes, reading.base.notes(modules)),
-        origin=Origin(format="peft", container=found.container, label=source.label),
+        origin=Origin(format="peft", container=found.container, label=source.label, path=source.path, name=source.name),
     )
 
 

@@ -8,7 +8,7 @@ from adaptertools.containers.jsonfile import read_json
 from adaptertools.errors import DestinationExistsError, FileError
 from adaptertools.merging.record import NAME
 
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".index.json")
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".index.json")
 """Files that would be taken for a part of the model if they stood beside it."""
 
 
@@ -40,7 +40,7 @@ def check_free(dst: Path, overwrite: bool) -> None:
     if not (dst / NAME).is_file():
         raise DestinationExistsError(f"{dst} holds no {NAME}, so it is not replaced: give another name")
     theirs = set(_written(dst))
-    foreign = sorted(entry.name for entry in dst.iterdir() if entry.name.endswith(_WEIGHTS))
+    foreign = sorted(entry.name for entry in dst.iterdir() if entry.name.endswith(WEIGHTS))
     foreign = [name for name in foreign if name not in theirs]
     if foreign:
         raise DestinationExistsError(

@@ -3,13 +3,14 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
 
 from adaptertools.adapter import Adapter, merge_notes
 from adaptertools.containers.checkpoint import Checkpoint
+from adaptertools.containers.source import Located
 from adaptertools.dialects.peft.base import BaseModel
 from adaptertools.errors import MatchError, OptionError
 from adaptertools.merging import outputs
@@ -28,12 +29,14 @@ class MergePlan:
     """A merge, settled. `edits` are by the name of the result's tensor; tensors without one are the base's own.
 
     `config` is what changes in the base's configuration: whole values by their keys at its top. `copied` are the small
-    files that travel along, by their paths in the base's folder. `left_out` are the modules that match nothing, which
-    the caller allowed. `notes` are worth saying. Printed, it is a summary.
+    files that travel along, by their paths in the base's folder. `sources` are what messages call the adapters,
+    `recorded` what the record calls them. `left_out` are the modules that match nothing, which the caller allowed.
+    `notes` are worth saying. Printed, it is a summary.
     """
 
     base: Checkpoint
     sources: tuple[str, ...]
+    recorded: tuple[str, ...]
     weights: tuple[float, ...]
     edits: Mapping[str, Edit]
     shards: tuple[OutputShard, ...]
@@ -117,7 +120,7 @@ class MergePlan:
 
 
 def plan_merge(
-    base: str | Path | Checkpoint,
+    base: str | Path | Located | Checkpoint,
     adapters: Sequence[Adapter],
     weights: Sequence[float] | None = None,
     *,
@@ -142,7 +145,7 @@ def plan_merge(
     """
     if dtype is not None and dtype not in DTYPES.values():
         raise OptionError(f"dtype is {dtype}, expected one of {', '.join(DTYPES)}")
-    opened = base if isinstance(base, Checkpoint) else Checkpoint.open(Path(base))
+    opened = base if isinstance(base, Checkpoint) else Checkpoint.open(base)
     members = _members(adapters, weights, sources)
     check_base(opened)
     for member in members:
@@ -165,6 +168,7 @@ def plan_merge(
     return MergePlan(
         base=opened,
         sources=tuple(member.name for member in members),
+        recorded=tuple(_recorded(member) for member in members),
         weights=tuple(member.weight for member in members),
         edits=edits,
         shards=outputs.shards(opened, edits),
@@ -197,6 +201,11 @@ def _members(
         Member(number=number, name=name, weight=float(weight), adapter=adapter)
         for number, (adapter, weight, name) in enumerate(zip(adapters, given, named, strict=True))
     ]
+
+
+def _recorded(member: Member) -> str:
+    origin = member.adapter.origin
+    return origin.name if origin else PurePath(member.name).name
 
 
 def _is_finite(weight: object) -> bool:

@@ -34,6 +34,7 @@ _VERSION = 1
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_NAMED_COMMIT = re.compile(r"@([0-9a-f]{40})(?:/|$)")
 _CHUNK = 8 << 20
 _END = 1 << 16
 
@@ -86,17 +87,26 @@ class Inputs:
     recipe: str = field(repr=False)
 
 
-def know_inputs(plan: MergePlan, device: torch.device, *, hash: bool = False) -> Inputs:
+def know_inputs(
+    plan: MergePlan,
+    device: torch.device,
+    *,
+    stamped: list[list[Any]],
+    known: Mapping[str, str] | None = None,
+    hash: bool = False,
+) -> Inputs:
     """The identity of everything that goes into a merge. `hash` asks for the SHA-256 of every file of the base.
+
+    `stamped` tells the base's files from others of the same name; `known` are SHA-256 that need not be computed.
 
     Memory: none; the adapters are read
     Raises: SourceNotFoundError for a file that went away
     """
-    base = tuple(_base_file(plan.base, path) for path in plan.base.files)
+    shas = dict(known or {})
+    base = tuple(_base_file(plan.base, path, shas.get(path.name)) for path in plan.base.files)
     if hash:
-        hashes = in_parallel(_file_hash, plan.base.files)
+        hashes = in_parallel(lambda path: shas.get(path.name) or _file_hash(path), plan.base.files)
         base = tuple({**entry, "sha256": found} for entry, found in zip(base, hashes, strict=True))
-    stamped = stamps(plan)
     digests = _tensor_digests(plan.edits.values())
     said = {
         "engine": _VERSION,
@@ -138,7 +148,7 @@ def stamps(plan: MergePlan) -> list[list[Any]]:
 
 def document(plan: MergePlan, inputs: Inputs, report: MergeReport) -> dict[str, Any]:
     """The content of adaptertools_merge.json."""
-    base: dict[str, Any] = {"name": Path(plan.base.label).name, "files": list(inputs.base)}
+    base: dict[str, Any] = {"name": plan.base.name, "files": list(inputs.base)}
     if inputs.commit:
         base["commit"] = inputs.commit
     return {
@@ -172,12 +182,12 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _base_file(base: Checkpoint, path: Path) -> dict[str, Any]:
+def _base_file(base: Checkpoint, path: Path, known: str | None) -> dict[str, Any]:
     with reading(path):
         size = path.stat().st_size
         header = base.header(path) if base.container == safetensors.NAME else _ends(path)
     entry = {"name": path.name, "size": size, "header_sha256": hashlib.sha256(header).hexdigest()}
-    known = _known_hash(path)
+    known = known or _known_hash(path)
     return {**entry, "sha256": known} if known else entry
 
 
@@ -197,7 +207,9 @@ def _known_hash(path: Path) -> str | None:
 
 
 def _commit(base: Checkpoint) -> str | None:
-    """The commit that the Hub's cache keeps a model under."""
+    """The commit of a model of the Hub, by its name or by the folder that the Hub's cache keeps it in."""
+    if named := _NAMED_COMMIT.search(base.name):
+        return named[1]
     folder = base.folder.absolute()
     known = folder.parent.name == "snapshots" and _COMMIT.fullmatch(folder.name)
     return folder.name if known else None
@@ -253,7 +265,7 @@ def _adapter(plan: MergePlan, index: int, digests: Mapping[_Key, str]) -> dict[s
                 said = [name, update.target, update.row, update.column, digests[_key(update.left)]]
                 digest.update(json.dumps([*said, digests[_key(update.right)]]).encode())
     return {
-        "name": Path(plan.sources[index]).name,
+        "name": plan.recorded[index],
         "weight": plan.weights[index],
         "factors_sha256": digest.hexdigest(),
     }
@@ -271,7 +283,7 @@ def _describe(plan: MergePlan, digests: Mapping[_Key, str]) -> dict[str, Any]:
     """All that a plan settles, in JSON's terms."""
     return {
         "weights": list(plan.weights),
-        "sources": [Path(source).name for source in plan.sources],
+        "sources": list(plan.recorded),
         "shards": [[shard.name, list(shard.tensors), shard.patches] for shard in plan.shards],
         "edits": [_describe_edit(edit, digests) for _, edit in sorted(plan.edits.items())],
         "config": dict(plan.config),

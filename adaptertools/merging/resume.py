@@ -110,6 +110,20 @@ class Staging:
         with ThreadPoolExecutor() as pool:
             list(pool.map(self._allocate, layouts))
 
+    def make_room(self, layout: Layout) -> None:
+        """Room for one file, unless it was made before.
+
+        Raises: DestinationError
+        """
+        if not self.part(layout).exists():
+            self._allocate(layout)
+
+    def clear_parts(self) -> None:
+        """Remove what is half-made."""
+        for part in self.result.glob(f"*{PART}"):
+            with suppress(OSError):
+                part.unlink()
+
     def _allocate(self, layout: Layout) -> None:
         with allocated(self.part(layout), layout.size, flush=False) as file:
             file.seek(layout.size)
@@ -140,6 +154,18 @@ class Staging:
         publish_folder(self.result, self.dst, dropped)
         self.remove()
 
+    @property
+    def announced(self) -> Path:
+        """The record of a result that is made visible elsewhere: kept until all else here is gone."""
+        return self.folder / _FINISHED
+
+    def announce(self, name: str) -> None:
+        """Say that the result is complete, by the file of this name that stands beside the weights.
+
+        Raises: DestinationError
+        """
+        self._write(self.announced, read_json(self.result / name))
+
     def remove(self) -> None:
         """Clear the folder away, the weights first: as long as there is a recipe, a killed run can say what it did."""
         for name in (_RESULT, _ASIDE):
@@ -150,7 +176,11 @@ class Staging:
 
     def published(self, recipe: str) -> bool:
         """Whether a killed run of the recipe got as far as putting the result in its place."""
-        return self._recipe() == recipe and self._in_place()
+        return self.is_of(recipe) and self._in_place()
+
+    def is_of(self, recipe: str) -> bool:
+        """Whether what is in the making is made by this recipe."""
+        return self._recipe() == recipe
 
     def _in_place(self) -> bool:
         try:

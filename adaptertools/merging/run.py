@@ -18,17 +18,19 @@ from adaptertools.errors import (
     AdapterToolsError,
     DamagedFileError,
     DestinationError,
+    HubError,
     SourceNotFoundError,
     StoppedMergeError,
 )
 from adaptertools.linalg import parse_device
-from adaptertools.merging.destination_folder import check_apart, check_free, replaced_files
+from adaptertools.merging.destination_folder import check_apart, check_free
 from adaptertools.merging.documents import beside, write_documents
 from adaptertools.merging.kernels import Statistics, full_precision
 from adaptertools.merging.outlook import Crew, hire
 from adaptertools.merging.plan import MergePlan
-from adaptertools.merging.record import Inputs, MergeReport, document, know_inputs, stamps, total
+from adaptertools.merging.record import NAME, Inputs, MergeReport, document, know_inputs, total
 from adaptertools.merging.resume import Staging, resumable, staging_folder
+from adaptertools.merging.route import HaltedError, Route
 from adaptertools.merging.shards import Layout, lay_out
 from adaptertools.merging.tasks import Output, Sources, Task
 from adaptertools.merging.workers import Worker
@@ -49,6 +51,7 @@ def run_merge(
     workers: int | None = None,
     hash: bool = False,
     flush: bool = True,
+    route: Route | None = None,
     on_progress: Progress | None = None,
 ) -> MergeReport:
     """Write the merged checkpoint that `plan` describes into the folder `dst`, whole or not at all.
@@ -56,32 +59,36 @@ def run_merge(
     A run that was stopped is gone on with by the same call: what it finished stands in a hidden folder beside `dst`.
     Neither `max_memory` nor `workers` changes a bit of the result. `overwrite` replaces an earlier merge, nothing else.
     `hash` records the SHA-256 of the base's files; `flush=False` leaves it to the system when bytes reach the disk.
+    `route` brings the base's files and sends those of the result on, where they are not all on this machine.
 
     Units:  max_memory bytes on the host
     Memory: max_memory at most, beside the adapters
-    Raises: DestinationExistsError, DestinationError, StoppedMergeError, OptionError, NonFiniteError
+    Raises: DestinationExistsError, DestinationError, StoppedMergeError, OptionError, NonFiniteError, HubError
     """
-    target = parse_device(device)
+    route = route or Route()
+    target = parse_device(device, has_float64=False)
     dst = Path(dst)
     plan = _reopened(plan)
     check_apart(plan.base, dst)
     layouts = [lay_out(plan, shard) for shard in plan.shards]
     crew = hire(plan, target, max_memory, workers)
-    inputs = know_inputs(plan, target, hash=hash)
+    inputs = know_inputs(plan, target, stamped=route.stamps(plan), known=route.hashes(), hash=hash)
     if not staging_folder(dst).exists():
-        check_free(dst, overwrite)
+        route.check(dst, overwrite)
     with resumable(dst, flush=flush) as staging:
-        if staging.published(inputs.recipe):
+        if route.published(staging, inputs.recipe):
             report = _report(plan, staging, layouts, inputs, len(layouts))
             staging.remove()
             return report
-        check_free(dst, overwrite)
+        route.check(dst, overwrite)
         staging.begin(inputs.recipe)
         try:
-            report = _make(plan, staging, layouts, inputs, crew, on_progress)
-            if stamps(plan) != inputs.stamps:
+            report = _make(plan, staging, layouts, inputs, crew, route, on_progress)
+            if route.stamps(plan) != inputs.stamps:
                 raise DamagedFileError(f"{plan.base.label}: its files changed while they were merged. Merge again")
-            staging.publish(replaced_files(staging.dst))
+            route.publish(staging, [*report.files, NAME])
+        except HubError:
+            raise  # what is finished was kept
         except (DestinationError, SourceNotFoundError) as error:
             if not staging.anything_finished():
                 raise
@@ -98,7 +105,7 @@ def _reopened(plan: MergePlan) -> MergePlan:
 
     Raises: DamagedFileError if it is no longer the base that was planned with
     """
-    old, base = plan.base, Checkpoint.open(Path(plan.base.label))
+    old, base = plan.base, Checkpoint.open(plan.base.opened or Path(plan.base.label))
     if (old.shapes, old.dtypes, old.places) != (base.shapes, base.dtypes, base.places):
         raise DamagedFileError(f"{base.label}: its files have changed since the merge was planned. Plan it again")
     return replace(plan, base=base)
@@ -119,18 +126,24 @@ def _make(
     layouts: Sequence[Layout],
     inputs: Inputs,
     crew: Crew,
+    route: Route,
     on_progress: Progress | None,
 ) -> MergeReport:
     """Make what is not finished yet, and what stands beside the weights."""
     rest = [layout for layout in layouts if staging.finished(layout) is None]
-    staging.allocate(rest)
+    staging.clear_parts()
+    if not route.gradual:
+        staging.allocate(rest)
     meter = _Meter(sum(layout.size for layout in layouts), on_progress)
     meter.add(meter.total - sum(layout.size for layout in rest))
-    sources = Sources()
+    sources = Sources(plan, rest, route)
     outputs = [Output(plan, layout, staging, sources, crew.device) for layout in rest]
     try:
-        _work(crew, (task for output in outputs for task in output.tasks()), meter)
+        route.begin(staging, [layout for layout in layouts if layout not in rest], sources.in_order)
+        _work(crew, (task for output in outputs for task in output.tasks()), meter, route)
+        route.settle(meter.tell)
     finally:
+        route.halt()
         sources.close()
         for output in outputs:
             output.close()
@@ -157,7 +170,7 @@ class _Meter:
             self._on_progress(self._told, self.total)
 
 
-def _work(crew: Crew, tasks: Iterator[Task], meter: _Meter) -> None:
+def _work(crew: Crew, tasks: Iterator[Task], meter: _Meter, route: Route) -> None:
     """Have all tasks done. After the first failure, no more are begun."""
     stop = threading.Event()
     lock = threading.Lock()
@@ -173,8 +186,11 @@ def _work(crew: Crew, tasks: Iterator[Task], meter: _Meter) -> None:
                         return
                     task.run(worker)
                     meter.add(task.nbytes)
+        except HaltedError:
+            return
         except BaseException:
             stop.set()
+            route.halt()
             raise
 
     with full_precision(), ThreadPoolExecutor(crew.count) as pool:
@@ -185,6 +201,9 @@ def _work(crew: Crew, tasks: Iterator[Task], meter: _Meter) -> None:
                 meter.tell()
                 _, running = wait(running, _SECONDS_BETWEEN_REPORTS)
             meter.tell()
+        except BaseException:
+            route.halt()
+            raise
         finally:
             stop.set()
     for future in everyone:

@@ -74,6 +74,24 @@ def lay_out(plan: MergePlan, shard: OutputShard) -> Layout:
     return _patched(plan, shard) if shard.patches else _new(plan, shard)
 
 
+def sources_of(plan: MergePlan, layout: Layout) -> tuple[Path, ...]:
+    """The files of the base that a file of the result is made of."""
+    found = [copy.source for copy in layout.copies]
+    for name in (*layout.moved, *layout.edited):
+        source = plan.edits[name].source if name in plan.edits else name
+        if source is not None:
+            place = plan.base.places[source]
+            holding = (file for file in plan.base.files if source in plan.base.tensors_of[file.name])
+            found.append(place.path if place is not None else next(holding))
+    return tuple(dict.fromkeys(found))
+
+
+def changes_in_place(plan: MergePlan, layout: Layout) -> bool:
+    """Whether a file of the result is one of the base, but for tensors that are made of what stands in their place."""
+    made_of_themselves = all(plan.edits[name].source in (name, None) for name in layout.edited)
+    return not layout.header and not layout.moved and made_of_themselves
+
+
 def _patched(plan: MergePlan, shard: OutputShard) -> Layout:
     """The base's file, with other bytes where edits are."""
     base = plan.base

@@ -2,7 +2,8 @@
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,8 @@ from adaptertools.merging.edits import Edit
 from adaptertools.merging.kernels import Prepared, Statistics, prepare
 from adaptertools.merging.plan import MergePlan
 from adaptertools.merging.resume import Staging
-from adaptertools.merging.shards import CHUNK_BYTES, Copy, Layout
+from adaptertools.merging.route import Route
+from adaptertools.merging.shards import CHUNK_BYTES, Copy, Layout, changes_in_place, sources_of
 from adaptertools.merging.workers import Worker, copy_range, write_from
 from adaptertools.tensors import all_finite, dtype_name, tensor_bytes
 
@@ -33,18 +35,48 @@ class Task:
 
 
 class Sources:
-    """The files of the base, open for reading."""
+    """The files of the base, open for reading from the time that something is made of them until nothing is."""
 
-    def __init__(self) -> None:
+    def __init__(self, plan: MergePlan, layouts: Sequence[Layout], route: Route) -> None:
+        self._route = route
+        self._needed = {layout.name: sources_of(plan, layout) for layout in layouts}
+        self._users = Counter(path for paths in self._needed.values() for path in paths)
+        self._in_place = {layout.name for layout in layouts if changes_in_place(plan, layout)}
         self._handles: dict[Path, int] = {}
         self._lock = threading.Lock()
+
+    @property
+    def in_order(self) -> tuple[Path, ...]:
+        """The files of the base that are needed, the first one first."""
+        return tuple(self._users)
+
+    def ready(self, layout: Layout) -> bool:
+        """Wait for what a file is made of; whether the base's own file was put in its place.
+
+        Raises: HubError; HaltedError
+        """
+        needed = self._needed[layout.name]
+        alone = layout.name in self._in_place and len(needed) == 1 and self._users[needed[0]] == 1
+        return self._route.ready(layout, needed, needed[0] if alone else None)
 
     def handle(self, path: Path) -> int:
         """Raises: SourceNotFoundError"""
         with self._lock, reading(path):
             if path not in self._handles:
-                self._handles[path] = os.open(path, os.O_RDONLY)
+                self._handles[path] = os.open(self._route.place(path), os.O_RDONLY)
             return self._handles[path]
+
+    def release(self, layout: Layout) -> None:
+        """The file is made: what nothing else is made of is closed."""
+        for path in self._needed[layout.name]:
+            with self._lock:
+                self._users[path] -= 1
+                spent = not self._users[path]
+                if spent and path in self._handles:
+                    os.close(self._handles.pop(path))
+            if spent:
+                self._route.spent(path)
+        self._route.finished(layout)
 
     def close(self) -> None:
         """Close them all."""
@@ -65,9 +97,13 @@ class Output:
         self._lock = threading.Lock()
         self._tasks = sorted(self._all_tasks(plan, device), key=lambda task: task.offset)
         self._left = len(self._tasks)
+        self._in_place = False
 
     def tasks(self) -> Iterator[Task]:
-        """All there is to do, in the order of the file."""
+        """All there is to do, in the order of the file, as soon as what it is made of is here."""
+        self._in_place = self._sources.ready(self.layout)
+        if not self._in_place:
+            self._staging.make_room(self.layout)
         for task in self._tasks:
             yield Task(task.offset, task.nbytes, partial(self._run, task))
         self._tasks = []
@@ -92,6 +128,7 @@ class Output:
         if last:
             self.close()
             self._staging.finish(self.layout, self.statistics)
+            self._sources.release(self.layout)
 
     def _open(self) -> int:
         with self._lock:
@@ -114,6 +151,8 @@ class Output:
         self.write(offset, content if isinstance(content, bytes) else tensor_bytes(content))
 
     def _copy(self, chunk: Copy, worker: Worker) -> None:
+        if self._in_place:
+            return
         source = self._sources.handle(chunk.source)
         copy_range(source, chunk.source, chunk.begin, self._open(), chunk.offset, chunk.nbytes)
 

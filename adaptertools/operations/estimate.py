@@ -9,7 +9,7 @@ from typing import Any
 
 from adaptertools.adapter import merge_notes
 from adaptertools.containers.checkpoint import Checkpoint
-from adaptertools.containers.source import as_path
+from adaptertools.containers.source import Located
 from adaptertools.errors import OptionError
 from adaptertools.names import matches
 from adaptertools.operations.base_layers import BaseLayers, Layer, LayerKind
@@ -95,7 +95,7 @@ class Estimate:
 
 
 def estimate(
-    base: str | Path | Checkpoint, *, ranks: int | Sequence[int], targets: str | Sequence[str] = ALL_LINEAR
+    base: str | Path | Located | Checkpoint, *, ranks: int | Sequence[int], targets: str | Sequence[str] = ALL_LINEAR
 ) -> Estimate:
     """The parameters that LoRA adds to a base model at each rank: r·(in + out) for every target module.
 
@@ -110,7 +110,7 @@ def estimate(
             UnsupportedFeatureError for a base whose headers do not state the shapes, and for an adapter
     """
     wanted = _ranks(ranks)
-    checkpoint = base if isinstance(base, Checkpoint) else Checkpoint.open(as_path(base))
+    checkpoint = base if isinstance(base, Checkpoint) else Checkpoint.open(base)
     model = BaseLayers(checkpoint)
     names = [targets] if isinstance(targets, str) else list(targets)
     chosen, notes = _choose(model, names, checkpoint.label)

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -61,7 +60,7 @@ def rescale(adapter: Adapter, alpha: float, keep: Keep = "delta", *, allow_nonfi
         details["exact"] = all(result.exact for result in results)
         details["max_relative_error"] = max(result.error for result in results)
     rescaled = replace(adapter, modules=tuple(result.module for result in results))
-    source = Path(adapter.origin.label).name if adapter.origin else None
+    source = adapter.origin.name if adapter.origin else None
     return rescaled.then(HistoryEntry(operation="rescale", source=source, details=details))
 
 

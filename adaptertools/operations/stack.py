@@ -5,7 +5,6 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -175,7 +174,7 @@ def _is_usable(weight: float) -> bool:
 
 
 def _name(adapter: Adapter) -> str:
-    return Path(adapter.origin.label).name if adapter.origin else "in memory"
+    return adapter.origin.name if adapter.origin else "in memory"
 
 
 def _rule(

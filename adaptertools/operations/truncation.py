@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -109,7 +108,7 @@ def with_entry(
         "relative_error": relative_error,
         "rounding_error": rounding_error,
     }
-    source = Path(adapter.origin.label).name if adapter.origin else None
+    source = adapter.origin.name if adapter.origin else None
     return adapter.then(HistoryEntry(operation="truncate", source=source, details=details))
 
 

@@ -77,6 +77,8 @@ def read(source: Source, request: Request) -> Adapter:
             format=request.format,
             container=found.file.container,
             label=found.file.label,
+            path=found.path,
+            name=source.name,
             options=_writer_options(plan, leaves, unpacked),
         ),
     )

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 from adaptertools.containers.history import HEADER_KEY
 from adaptertools.containers.jsonfile import parse_object
@@ -27,6 +27,7 @@ class Found:
     """The adapter's file, its dialect, and its sidecar where it has one."""
 
     file: TensorFile
+    path: Path | None
     dialect: Dialect
     sidecar: Sidecar | None
 
@@ -64,7 +65,8 @@ def find(source: Source, dialects: Collection[Dialect], name: str) -> Found:
         _refuse_mlx(source, file, candidates[0])
     if dialect not in dialects:
         raise UnknownFormatError(f"{file.label}: its leaves are of the {dialect} dialect, which {name} is not")
-    return Found(file=file, dialect=dialect, sidecar=sidecar)
+    path = source.root / candidates[0] if source.root else None
+    return Found(file=file, path=path, dialect=dialect, sidecar=sidecar)
 
 
 def _refuse_mlx(source: Source, file: TensorFile, name: str) -> None:

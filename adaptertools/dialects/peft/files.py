@@ -51,7 +51,7 @@ class Found:
 
     @property
     def config_label(self) -> str:
-        return peft_config.FILE if self.source.path is None else f"{self.source.root}/{peft_config.FILE}"
+        return self.source.label_of(peft_config.FILE)
 
 
 def open_adapter(source: Source, adapter_name: str | None) -> tuple[Found, bool]:
@@ -80,7 +80,7 @@ def weight_files(source: Source) -> list[tuple[str, ...]]:
     if source.path is None or not source.is_folder:
         (name,) = source.file_names
         shard = _SHARD.fullmatch(name)
-        return [_shards(Source(source.path.parent), shard[3])] if shard and source.path else [(name,)]
+        return [_shards(source.beside(), shard[3])] if shard and source.path else [(name,)]
     found: list[tuple[str, ...]] = []
     for suffix in _SUFFIXES:
         if source.has(f"{STEM}.{suffix}"):
@@ -192,7 +192,7 @@ def _shards(source: Source, suffix: str) -> tuple[str, ...]:
 
 def _read_files(source: Source, files: Sequence[str]) -> tuple[dict[str, Tensor], Mapping[str, str], str]:
     """The tensors of one variant, the metadata of its first file, and its container."""
-    home = source if source.path is None or source.is_folder or len(files) == 1 else Source(source.path.parent)
+    home = source if source.path is None or source.is_folder or len(files) == 1 else source.beside()
     tensors: dict[str, Tensor] = {}
     for name in files:
         for key, tensor in home.tensors(name).tensors.items():
