@@ -58,11 +58,16 @@ def run(command: str) -> str:
     return output + (f"[exit code {ran.exit_code}]\n" if ran.exit_code else "")
 
 
+def without_commits(text: str) -> str:
+    """A commit's name depends on all that is in it, and a card names the address of the Hub."""
+    return re.sub(r"\b[0-9a-f]{40}\b|(?<=@)[0-9a-f]{12}\b", "COMMIT", text)
+
+
 def test_the_transcripts_are_what_the_commands_print(desk: Path) -> None:
     steps = list(transcript())
     assert {"convert", "rescale", "inspect", "formats"} <= {shlex.split(command)[1] for command, _ in steps}
     for command, shown in steps:
-        assert run(command) == shown, command
+        assert without_commits(run(command)) == without_commits(shown), command
 
 
 def test_the_python_runs(desk: Path) -> None:

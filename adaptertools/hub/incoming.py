@@ -20,16 +20,20 @@ from adaptertools.hub.revision import Revision
 from adaptertools.hub.transfer import download, missing_bytes
 from adaptertools.merging.route import HaltedError
 
+_AT_ONCE = 4
+"""Files that are fetched ahead of those that are being merged; one where disk space is low."""
+
 
 class Incoming:
-    """The weights of one base model: one file is fetched ahead of those that are being merged."""
+    """The weights of one base model."""
 
     def __init__(self, revision: Revision, folder: str, names: Mapping[Path, str], *, low_disk: bool) -> None:
         """`folder` is the model's in the repository; `names` are the names there of files that have headers alone."""
         self.revision, self.low_disk = revision, low_disk
         self._folder, self._names = folder, dict(names)
         self._own = Path()
-        self._line: Line[Path, Path] = Line("download", self._fetch)
+        self._ahead = 1 if low_disk else _AT_ONCE
+        self._line: Line[Path, Path] = Line("download", self._fetch, threads=self._ahead)
 
     def stamps(self, base: Checkpoint, copied: Sequence[str]) -> list[list[Any]]:
         """What the files are known by, in any run: the commit that they are of."""
@@ -52,17 +56,17 @@ class Incoming:
         if self.low_disk:
             self._check_room([self._names[path] for path in awaited])
         self._line.begin(awaited)
-        self._line.let_through((), ahead=1)
+        self._line.let_through((), ahead=self._ahead)
 
     def wait(self, needed: Sequence[Path]) -> None:
-        """Wait for these files, and let the next one come.
+        """Wait for these files, and let the next ones come.
 
         Raises: HubError, HaltedError
         """
         awaited = [path for path in needed if path in self._names]
         self._line.let_through(awaited)
         self._line.wait(awaited)
-        self._line.let_through(awaited, ahead=1)
+        self._line.let_through(awaited, ahead=self._ahead)
 
     def place(self, path: Path) -> Path:
         """Where the bytes of a file are."""

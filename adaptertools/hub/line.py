@@ -1,4 +1,4 @@
-"""Work that is done in order by a thread of its own, beside what the caller does: files that come, files that go."""
+"""Work that is done in order by threads of its own, beside what the caller does: files that come, files that go."""
 
 import threading
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -11,12 +11,16 @@ Made = TypeVar("Made")
 
 
 class Line(Generic[Item, Made]):
-    """Items that wait in line for `work`, in order and as far as they are let through: `most` at a time, if so many
-    wait. The first failure ends it: whoever waits is told.
+    """Items that wait in line for `work`, in order and as far as they are let through.
+
+    Each of the threads takes as many as wait, `most` at most. The first failure ends it, and whoever waits is told.
     """
 
-    def __init__(self, name: str, work: Callable[[Sequence[Item]], Sequence[Made]], *, most: int = 1) -> None:
-        self._name, self._work, self._most = name, work, most
+    def __init__(
+        self, name: str, work: Callable[[Sequence[Item]], Sequence[Made]], *, most: int = 1, threads: int = 1
+    ) -> None:
+        self._name, self._work, self._most, self._threads = name, work, most, threads
+        self._taken = 0
         self._items: list[Item] = []
         self._made: dict[Item, Made] = {}
         self._let_through = 0
@@ -25,9 +29,10 @@ class Line(Generic[Item, Made]):
         self._changed = threading.Condition()
 
     def begin(self, items: Iterable[Item] = ()) -> None:
-        """Start the thread, with what is in line from the beginning."""
+        """Start, with what is in line from the beginning."""
         self._items += items
-        threading.Thread(target=self._run, name=self._name, daemon=True).start()
+        for _ in range(self._threads):
+            threading.Thread(target=self._run, name=self._name, daemon=True).start()
 
     def add(self, item: Item) -> None:
         """Put one more item into the line, and let all through."""
@@ -104,8 +109,10 @@ class Line(Generic[Item, Made]):
                 self._changed.notify_all()
 
     def _next(self) -> list[Item]:
-        """The next items, as soon as one is let through; none after `halt`."""
+        """The next items, as soon as one is let through; none once it has ended."""
         with self._changed:
-            done = len(self._made)
-            self._changed.wait_for(lambda: self._halted or done < self._let_through)
-            return [] if self._halted else self._items[done : min(self._let_through, done + self._most)]
+            self._changed.wait_for(lambda: self._halted or self._fault or self._taken < self._let_through)
+            if self._halted or self._fault:
+                return []
+            first, self._taken = self._taken, min(self._let_through, self._taken + self._most)
+            return self._items[first : self._taken]

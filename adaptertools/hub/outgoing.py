@@ -21,6 +21,7 @@ from adaptertools.merging.shards import Layout
 
 _BETWEEN_REPORTS = 0.1
 _MOST_AT_ONCE = 4
+"""Files that are uploaded together; one where disk space is low."""
 _MOST_WAITING = 1
 """Files that may be on their way, or wait for it, while the next one is made; where disk space is low."""
 
@@ -35,7 +36,7 @@ class Outgoing:
         self._staging: Staging | None = None
         self._layouts: dict[str, Layout] = {}
         self._known: set[str] = set()
-        self._line: Line[str, Sent] = Line("upload", self._send, most=_MOST_AT_ONCE)
+        self._line: Line[str, Sent] = Line("upload", self._send, most=1 if low_disk else _MOST_AT_ONCE)
 
     def check(self, overwrite: bool) -> None:
         """Make sure that no weights stand there but those of an earlier merge, and those only to be replaced.
@@ -125,7 +126,6 @@ class Outgoing:
         return self._staging.result
 
     def _send(self, names: Sequence[str]) -> list[Sent]:
-        """Upload files together: one alone does not fill the way."""
         assert self._staging is not None
         found = self.commit.add_all({name: self._result / name for name in names})
         for name, sent in zip(names, found, strict=True):

@@ -22,11 +22,9 @@ class HaltedError(Exception):
 class Route:
     """From a folder on this machine to a folder on this machine. What brings or sends files does more than this one.
 
-    `settled` says that the base is at a commit, and cannot change while it is merged. `gradual` says that room for the
-    files of the result is taken one by one, when their turn comes.
+    `gradual` says that room for the files of the result is taken one by one, when their turn comes.
     """
 
-    settled = False
     gradual = False
 
     def stamps(self, plan: MergePlan) -> list[list[Any]]:
