@@ -33,7 +33,7 @@ def check_destination(dst: Path, module: Format, overwrite: bool) -> None:
         wanted, found = ("folder", "file") if module.FOLDER else ("file", "folder")
         raise DestinationExistsError(f"{dst} is a {found}, and this format is written as a {wanted}: give another name")
     if not overwrite:
-        raise DestinationExistsError(f"{dst} exists. --overwrite replaces it")
+        raise DestinationExistsError(f"{dst} exists. overwrite=True (--overwrite) replaces it")
     if module.FOLDER and not any(any(dst.glob(pattern)) for pattern in _folder_patterns()):
         raise DestinationExistsError(f"{dst} holds no file of an adapter, so it is not replaced: give another name")
     try:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import adaptertools
 from adaptertools.adapter import Adapter
 from adaptertools.merging import blocks
+from adaptertools.merging.resume import Staging
 
 NAMES = [f"model.layers.{layer}.self_attn.{name}.weight" for layer in (0, 1) for name in ("q_proj", "v_proj")]
 
@@ -111,7 +112,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(
     args = ("merge", base, peft_folder, tmp_path / "merged", "--dry-run", "--workers", "2", "--device", "cpu")
     ran = run(*args)
     assert ran.code == 0, ran.err
-    assert "nothing was written\n" in ran.out
+    assert f"into {base}: {tmp_path / 'merged'}; nothing was written\n" in ran.out
     assert "  changed      4 of 6 tensors\n" in ran.out
     assert "  device       cpu\n" in ran.out
     ran = run(*args, "--json")
@@ -119,6 +120,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(
     assert ran.json["bytes_written"] == size
     assert ran.json["bytes_read"] == sum(tensor.nbytes for tensor in weights_in(base).values())
     assert ran.json["workers"] == 2
+    assert ran.json["destination"] == {"path": str(tmp_path / "merged"), "exists": False}
     assert ran.json["memory"] > 0
     assert sorted(ran.json["edits"]) == sorted(NAMES)
     assert {path.name for path in tmp_path.iterdir()} == before
@@ -129,9 +131,15 @@ def test_a_dry_run_finds_that_the_destination_is_taken(
 ) -> None:
     (tmp_path / "merged").mkdir()
     (tmp_path / "merged" / "thesis.txt").write_text("mine")
+    for option in ("--dry-run", "--overwrite", "--quiet"):
+        ran = run("merge", base, peft_folder, tmp_path / "merged", option)
+        assert ran.code == 1
+        assert "holds no adaptertools_merge.json, so it is not replaced" in ran.err
+    (tmp_path / "merged" / "thesis.txt").unlink()
+    assert run("merge", base, peft_folder, tmp_path / "merged").code == 0
     ran = run("merge", base, peft_folder, tmp_path / "merged", "--dry-run")
     assert ran.code == 1
-    assert "--overwrite" in ran.err
+    assert "--overwrite replaces an earlier merge" in ran.err
 
 
 def test_a_dtype_casts_every_tensor(
@@ -206,6 +214,43 @@ def test_a_merge_that_stopped_exits_with_3_and_the_same_command_goes_on(
     assert_merged(tmp_path / "merged", base, plain)
 
 
+def test_ctrl_c_says_that_the_same_command_goes_on_where_there_is_something_to_go_on_from(
+    base: Path, peft_folder: Path, plain: Adapter, tmp_path: Path, run: Callable[..., Any]
+) -> None:
+    command = ("merge", base, peft_folder, tmp_path / "merged", "--workers", "1")
+    finish = Staging.finish
+
+    def at_once(self: Staging, *args: Any) -> None:
+        raise KeyboardInterrupt
+
+    def afterwards(self: Staging, *args: Any) -> None:
+        finish(self, *args)
+        raise KeyboardInterrupt
+
+    for interrupted, said in (
+        (at_once, "Error: interrupted\n"),
+        (afterwards, "Error: interrupted; the same command goes on from what is finished\n"),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Staging, "finish", interrupted)
+            ran = run(*command)
+        assert (ran.code, ran.err) == (130, said)
+    ran = run(*command)
+    assert ran.code == 0, ran.err
+    assert "  resumed      1 file finished by a run before\n" in ran.out
+    assert_merged(tmp_path / "merged", base, plain)
+
+
+def test_a_base_without_a_configuration_is_said_to_have_none(
+    base: Path, peft_folder: Path, tmp_path: Path, run: Callable[..., Any]
+) -> None:
+    assert "config.json" not in run("merge", base, peft_folder, tmp_path / "one").out
+    (base / "config.json").unlink()
+    ran = run("merge", base, peft_folder, tmp_path / "two")
+    assert ran.code == 0, ran.err
+    assert "  note         the base has no config.json: " in ran.out
+
+
 @pytest.mark.parametrize("memory", ["1kB", "lots"])
 def test_memory_that_is_too_little_or_no_size_is_wrong_usage(
     memory: str, base: Path, peft_folder: Path, tmp_path: Path, run: Callable[..., Any]
@@ -222,3 +267,12 @@ def test_neither_workers_nor_memory_change_a_byte(
     for name, options in {"one": ["--workers", "1"], "two": ["--workers", "5", "--max-memory", "1GB"]}.items():
         assert run("merge", base, peft_folder, tmp_path / name, *options).code == 0
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+@pytest.mark.parametrize("option", [("--max-memory", "foo"), ("--max-memory", "50%"), ("--weights", "nan")], ids=str)
+def test_an_option_with_a_wrong_value_is_named(
+    option: tuple[str, str], base: Path, peft_folder: Path, tmp_path: Path, run: Callable[..., Any]
+) -> None:
+    ran = run("merge", base, peft_folder, tmp_path / "merged", *option)
+    assert ran.code == 2
+    assert f"{' '.join(option)}: expected" in ran.err

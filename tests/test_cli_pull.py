@@ -198,7 +198,7 @@ def test_what_stands_at_the_destination_is_replaced_only_on_demand(
     (dst / "notes.txt").write_text("mine")
     (dst / "adapter_model.bin").write_text("old")
     refused = run("pull", "org/lora", dst)
-    assert (refused.code, refused.err) == (1, f"Error: {dst} exists. --overwrite replaces it\n")
+    assert (refused.code, refused.err) == (1, f"Error: {dst} exists. overwrite=True (--overwrite) replaces it\n")
     assert run("pull", "org/lora", dst, "--overwrite").code == 0
     assert names_in(dst) == {*NAMES, "notes.txt"}
 

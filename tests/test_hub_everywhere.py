@@ -239,6 +239,34 @@ def test_a_result_goes_to_the_hub_in_one_commit_with_a_card(
     assert run("diff", dst, "here").code == 0
 
 
+@pytest.mark.parametrize("args", DESTINATIONS.values(), ids=list(DESTINATIONS))
+@pytest.mark.parametrize("dst", ["hf://org/other", "hf://org/other@dev/sub/x"])
+def test_a_command_asks_for_overwrite_before_it_computes(
+    args: tuple[str, ...],
+    dst: str,
+    hub: HubServer,
+    repositories: dict[str, str],
+    run: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    args = tuple(arg.format(dst=dst).replace("flax", "peft") for arg in args)
+    branch = "dev" if "dev" in dst else "main"
+    if branch == "dev":
+        assert run("convert", "org/other", dst, "--to", "peft").code == 0
+    sha = hub.head("org/other", branch)
+    with monkeypatch.context() as patched:
+        for name in ("stack.stack", "truncate.truncate"):
+            patched.setattr(f"adaptertools.operations.{name}", None)  # calling it would be an error
+        ran = run(*args)
+    assert (ran.code, ran.err.count("\n")) == (1, 1)
+    assert f"{dst} holds an adapter (" in ran.err
+    assert f"commit {sha[:12]}). overwrite=True (--overwrite) " in ran.err
+    assert hub.head("org/other", branch) == sha
+    done = run(*args, "--overwrite", "--json")
+    assert done.code == 0, done.err
+    assert done.json["destination"]["commit"] == hub.head("org/other", branch) != sha
+
+
 def test_a_result_for_the_hub_leaves_nothing_on_this_machine(
     hub: HubServer,
     repositories: dict[str, str],

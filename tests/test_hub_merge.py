@@ -26,6 +26,7 @@ import adaptertools
 from adaptertools.adapter import Adapter
 from adaptertools.hub import client, commit
 from adaptertools.merging.record import NAME
+from adaptertools.merging.resume import Staging
 from adaptertools.module import LoraModule, Target
 
 SHARDS = 4
@@ -408,8 +409,11 @@ def test_weights_that_stand_there_are_replaced_only_where_an_earlier_merge_wrote
     assert {name: found[name] for name in local} == local
     assert "model-00001-of-00002.safetensors" not in found
     hub.create_repo("me/foreign", {"model.safetensors": b"somebody's"})
-    refused = run("merge", *sources, "hf://me/foreign", "--overwrite")
-    assert refused.code == 1
+    for option in ([], ["--overwrite"], ["--dry-run"]):
+        refused = run("merge", *sources, "hf://me/foreign", *option)
+        assert refused.code == 1
+        assert "holds model.safetensors and no adaptertools_merge.json" in refused.err
+        assert "--overwrite" not in refused.err
     assert hub.files("me/foreign") == {"model.safetensors": b"somebody's"}
 
 
@@ -418,10 +422,50 @@ def test_a_dry_run_changes_nothing_on_the_hub_and_fetches_no_weights(
 ) -> None:
     ran = run("merge", *sources, "hf://me/merged", "--dry-run")
     assert ran.code == 0, ran.err
-    assert "nothing was written" in ran.out
+    assert "hf://me/merged, a new repository; nothing was written\n" in ran.out
     assert "me/merged" not in hub.repositories
     assert not downloads(hub)
     assert not list(here.rglob("*.part"))
+    hub.create_repo("me/merged")
+    assert (
+        "hf://me/merged, which exists; nothing was written\n"
+        in run("merge", *sources, "hf://me/merged", "--dry-run").out
+    )
+    ran = run("merge", *sources, "hf://me/merged", "--dry-run", "--json")
+    assert ran.json["destination"] == {"path": "hf://me/merged", "exists": True}
+
+
+def test_the_report_names_the_commit_and_its_page(
+    hub: HubServer, sources: tuple[str, str], run: Callable[..., Any]
+) -> None:
+    ran = run("merge", *sources, "hf://me/merged")
+    sha = hub.head("me/merged")
+    assert f"  commit       {sha}\n" in ran.out
+    assert f"/me/merged/commit/{sha}\n" in ran.out
+    assert "  page         http" in ran.out
+
+
+def test_an_interrupted_merge_to_the_hub_names_the_folder_that_it_goes_on_from(
+    hub: HubServer, sources: tuple[str, str], local: dict[str, bytes], run: Callable[..., Any]
+) -> None:
+    command = ("merge", *sources, "hf://me/merged")
+    finish = Staging.finish
+
+    def interrupted(self: Staging, *args: Any) -> None:
+        finish(self, *args)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Staging, "finish", interrupted)
+        ran = run(*command, "--workers", "1")
+    assert ran.code == 130
+    _, told, folder = ran.err.partition("Error: interrupted; the same command goes on from what is finished, in ")
+    assert told
+    assert Path(folder.strip()).is_dir()
+    ran = run(*command)
+    assert ran.code == 0, ran.err
+    assert "  resumed      " in ran.out
+    assert_published(hub, local)
 
 
 @pytest.mark.parametrize(
@@ -451,7 +495,9 @@ def test_a_base_in_the_cache_is_merged_offline_and_nothing_is_sent(
     ran = run("merge", *sources, tmp_path / "offline")
     assert ran.code == 0, ran.err
     assert {name: contents(tmp_path / "offline")[name] for name in local} == local
-    assert run("merge", *sources, "hf://me/merged").code == 3
+    refused = run("merge", *sources, "hf://me/merged")
+    assert refused.code == 1
+    assert "unset it" in refused.err
     assert not hub.requests
 
 

@@ -222,6 +222,24 @@ def test_dora_is_taken_from_the_unmerged_weight_beside_others(case: str, tmp_pat
     torch.testing.assert_close(execute(plan)["lin.weight"], wanted.T if turned else wanted)
 
 
+def test_dora_that_shares_a_weight_with_another_adapter_is_said_to_be_taken_from_the_base(tmp_path: Path) -> None:
+    base = write_base(tmp_path, {"lin.weight": tensor(6, 4), "fused.weight": tensor(9, 4)})
+    with_dora, plain = dora("lin", 6, 4), module("lin", 6, 4)
+    told = "change the same weights (lin.weight)"
+
+    def is_told(*adapters: Adapter) -> bool:
+        return any(told in note for note in plan_merge(base, adapters).notes)
+
+    assert is_told(adapter(with_dora), adapter(plain))
+    assert is_told(adapter(plain), adapter(with_dora))
+    assert is_told(adapter(with_dora), adapter(with_dora))
+    assert not is_told(adapter(with_dora))
+    assert not is_told(adapter(plain), adapter(plain))
+    slots = [Target(parameter="fused", rows=RowSlice(start=start, stop=start + 3, total=9)) for start in (0, 3)]
+    apart = [adapter(dora("fused", 3, 4, target=slots[0])), adapter(module("fused", 3, 4, target=slots[1]))]
+    assert not any("DoRA" in note for note in plan_merge(base, apart).notes)
+
+
 @pytest.mark.parametrize("fold", [False, True])
 def test_convolutions_of_either_layout_add_up(fold: bool, tmp_path: Path) -> None:
     weight = tensor(5, 3, 2, 2)

@@ -553,7 +553,24 @@ def test_the_command_line_exits_with_0_or_4(llama: Path, copy: Path, run: Callab
     assert document.json["wrong"]
     assert document.json["adapters"][0]["verdict"] == "once"
     assert run("verify", *places, "-q").out == ""
-    assert run("verify", llama / "base", llama / "one", copy.parent / "nowhere").code == 1
+    missing = run("verify", llama / "base", llama / "one", copy.parent / "nowhere")
+    assert missing.code == 1
+    assert missing.err == f"Error: {copy.parent / 'nowhere'}: there is no such merged model\n"
+
+
+def test_of_many_problems_the_first_are_shown_and_no_coefficient_of_what_was_not_compared(
+    llama: Path, copy: Path, run: Callable[..., Ran]
+) -> None:
+    for shard in copy.glob("*.safetensors"):
+        save_file({name: tensor.unsqueeze(0) for name, tensor in load_file(shard).items()}, shard)
+    ran = run("verify", llama / "base", llama / "one", copy, "--device", "cpu")
+    assert ran.code == 4
+    wrong = [line for line in ran.out.splitlines() if line.startswith("  wrong")]
+    found = verified(llama, copy)
+    assert wrong[-1] == f"  wrong        and {len(found.problems) - 5} more"
+    assert len(wrong) == 6
+    assert found.coefficients == ()
+    assert "  adapter" not in ran.out
 
 
 def test_weights_on_the_command_line_are_those_of_the_merge(

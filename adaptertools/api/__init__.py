@@ -5,6 +5,7 @@ from adaptertools.api.models import estimate, merge_into, plan_merge, verify_mer
 from adaptertools.api.places import Given, as_destination, localize, localize_all
 from adaptertools.api.pushing import push
 from adaptertools.api.reading import detect, from_state_dict, oddities, option_types, read, read_options, reads_with
+from adaptertools.api.sending import check_there
 from adaptertools.api.writing import (
     WriteReport,
     give_up,
@@ -20,6 +21,7 @@ __all__ = [
     "Given",
     "WriteReport",
     "as_destination",
+    "check_there",
     "convert",
     "detect",
     "estimate",

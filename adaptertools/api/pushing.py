@@ -1,7 +1,7 @@
-"""An adapter, a merged model, or what becomes of one, goes to the Hub."""
+"""An adapter, a model, or what becomes of one, goes to the Hub."""
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -40,6 +40,7 @@ def push(
     branch: str | None = None,
     message: str | None = None,
     to: str | None = None,
+    drop: Collection[str] = (),
     dry_run: bool = False,
     revision: str | None = None,
     token: str | None = None,
@@ -47,12 +48,12 @@ def push(
     read_options: Mapping[str, Any] | None = None,
     on_progress: Progress | None = None,
 ) -> PushReport:
-    """Send an adapter or a merged model to a repository on the Hub, in one commit, with a model card.
+    """Send an adapter or a model, merged or not, to a repository on the Hub, in one commit, with a model card.
 
     The repository and the branch are made where they are missing; `private` is for a new one. What stands there already
-    is not sent again. `to` converts an adapter to another format first, and `allow_nonfinite` is for that. `revision`
-    is of an `src` that is itself on the Hub; `read_options` are those of `read`, for an adapter. With `dry_run` nothing
-    is sent, and the report says what would be.
+    is not sent again. `to` converts an adapter to another format first; `drop`, what to give up, and `allow_nonfinite`
+    are for that. `revision` is of an `src` that is itself on the Hub; `read_options` are those of `read`, for an
+    adapter. With `dry_run` nothing is sent, and the report says what would be.
 
     Memory: headers; with `to` that of `convert`, and room for the result among the temporary files
     Raises: HubMovedError where someone else committed meanwhile; HubUnavailableError where the same call goes on;
@@ -60,7 +61,7 @@ def push(
     """
     address = destination(repo, branch)
     place = source_place(src, revision=revision, token=token)
-    with _contents(place, address, to, read_options or {}, allow_nonfinite) as contents:
+    with _contents(place, address, to, drop, read_options or {}, allow_nonfinite) as contents:
         return upload(
             contents,
             address,
@@ -112,9 +113,16 @@ def destination(repo: str | Address, branch: str | None = None) -> Address:
 
 @contextmanager
 def _contents(
-    place: Located, address: Address, to: str | None, options: Mapping[str, Any], allow_nonfinite: bool
+    place: Located,
+    address: Address,
+    to: str | None,
+    drop: Collection[str],
+    options: Mapping[str, Any],
+    allow_nonfinite: bool,
 ) -> Iterator[Contents]:
     """The files to send; those of another format are made for the time of it."""
+    if drop and to is None:
+        raise OptionError(f"--drop {' --drop '.join(drop)} is for a conversion: give --to, the format, with it")
     source = Source(place)
     if not options.get("format") and holds_model(source):
         if to is not None or options:
@@ -123,17 +131,22 @@ def _contents(
         return
     source_format = options.get("format") or detect(place)
     found = adapter_contents(source, source_format, _read(place, options))
-    if to is None or to == source_format:
+    if to is None or (to == source_format and not drop):
         yield found
         return
     with tempfile.TemporaryDirectory(prefix="adaptertools-") as folder:
         container = container_there(address, formats.get(to))
         name = place_there(Address(address.repo_id), formats.get(to), container)[1]
-        how: dict[str, Any] = {"container": container, "allow_nonfinite": allow_nonfinite}
-        convert(place, Path(folder) / name, to=to, read_options=options, **how)
+        how: dict[str, Any] = {"container": container, "allow_nonfinite": allow_nonfinite, "drop": drop}
+        report = convert(place, Path(folder) / name, to=to, read_options=options, **how)
         made = Located(Path(folder) / name, f"{place.label} as {to}", place.name)
         new = contents_of(made, to)
-        yield replace(new, beside=found.beside, card=found.card, left_out=found.left_out)
+        yield replace(new, beside=found.beside, card=found.card, left_out=(*found.left_out, *_given_up(report.dropped)))
+
+
+def _given_up(dropped: Collection[str]) -> list[tuple[str, str]]:
+    """What a conversion gave up (`dora: model.layers.0.q_proj`), by name, each with the reason."""
+    return [(name, f"{kind}, given up by --drop") for kind, _, name in (each.partition(": ") for each in dropped)]
 
 
 def _read(place: Located, options: Mapping[str, Any]) -> Adapter | None:

@@ -3,9 +3,10 @@
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path, PurePosixPath
 
-from adaptertools import containers
+from adaptertools import containers, formats
 from adaptertools.adapter import Adapter
 from adaptertools.api.reading import read
 from adaptertools.containers.source import Source
@@ -13,7 +14,9 @@ from adaptertools.destination import default_container
 from adaptertools.errors import MissingAlphaError
 from adaptertools.formats import Format
 from adaptertools.hub.address import Address
+from adaptertools.hub.commit import Commit
 from adaptertools.hub.contents import adapter_contents
+from adaptertools.hub.occupied import check_free
 from adaptertools.hub.push import PushReport, upload
 
 _SAFE = "safetensors"
@@ -41,18 +44,44 @@ def place_there(address: Address, module: Format, container: str) -> tuple[Addre
     return replace(address, inside=str(inside.parent).removeprefix(".")), inside.name
 
 
-def send(
-    address: Address, name: str, format: str, make: Callable[[Path], object], *, token: str | None, message: str
-) -> PushReport:
-    """Have an adapter made as `name` in a temporary folder, and send it to a folder of a repository.
+def check_there(address: Address, format: str, container: str | None = None, *, token: str | None = None) -> None:
+    """Make sure that no adapter stands at an address to which one is to be written. Nothing there is changed.
 
-    Raises: HubError; AdapterToolsError of whatever makes it
+    Raises: DestinationExistsError, HubError, OptionError
     """
+    module = formats.get(format)
+    folder, name = place_there(address, module, container or container_there(address, module))
+    _refusal(address, folder, module, name)(Commit.open(folder, token=token, trial=True))
+
+
+def send(
+    address: Address,
+    format: str,
+    container: str,
+    make: Callable[[Path], object],
+    *,
+    overwrite: bool,
+    token: str | None,
+    message: str,
+) -> PushReport:
+    """Have an adapter made in a temporary folder, and send it to an address. What is there already is looked at first.
+
+    Raises: DestinationExistsError, HubError; AdapterToolsError of whatever makes it
+    """
+    module = formats.get(format)
+    folder_there, name = place_there(address, module, container)
+    if not overwrite:
+        check_there(address, format, container, token=token)
     with tempfile.TemporaryDirectory(prefix="adaptertools-") as folder:
         place = Path(folder) / name
         make(place)
         contents = adapter_contents(Source(place), format, _as_stored(place, format))
-        return upload(contents, address, message=message, token=token)
+        check = None if overwrite else _refusal(address, folder_there, module, name)  # it may have come meanwhile
+        return upload(contents, folder_there, message=message, check=check, token=token)
+
+
+def _refusal(address: Address, folder: Address, module: Format, name: str) -> Callable[[Commit], None]:
+    return partial(check_free, module=module, name=name, named=folder != address)
 
 
 def _as_stored(place: Path, format: str) -> Adapter:

@@ -83,9 +83,9 @@ def write(
     """Write an adapter. The result appears whole or not at all.
 
     `path` may be an address on the Hub, `hf://org/name[@branch][/sub/folder]`: the files become one commit there, with
-    a model card; `token` is for that, and `overwrite` is not needed, since the Hub keeps what stood there. `drop` names
-    the features to give up where the format cannot carry them. `operation` is what made this adapter; it enters the
-    history together with the error that writing added.
+    a model card; `token` is for that. `overwrite` replaces an adapter that stands there; older commits of the Hub keep
+    it. `drop` names the features to give up where the format cannot carry them. `operation` is what made this adapter;
+    it enters the history together with the error that writing added.
 
     Memory: two tensors, beside the adapter itself
     Raises: UnsupportedFeatureError, NonFiniteError, DestinationExistsError, DestinationError
@@ -96,7 +96,7 @@ def write(
     if isinstance(dst, Address):
         how = {"container": container, "dtype": dtype, "drop": drop, "allow_nonfinite": allow_nonfinite, **options}
         how |= {"format": format, "operation": operation, "on_progress": on_progress}
-        return _write_there(adapter, dst, token, how)
+        return _write_there(adapter, dst, overwrite, token, how)
     check_destination(dst, module, overwrite)
     check_beside(dst, module, adapter.origin)
     encoder = Encoder(_dtype(dtype), allow_nonfinite=allow_nonfinite)
@@ -122,7 +122,9 @@ def write(
     )
 
 
-def _write_there(adapter: Adapter, address: Address, token: str | None, how: dict[str, Any]) -> WriteReport:
+def _write_there(
+    adapter: Adapter, address: Address, overwrite: bool, token: str | None, how: dict[str, Any]
+) -> WriteReport:
     """Write an adapter to the Hub; `how` are the arguments of `write`."""
     module = formats.get(how["format"])
     how["container"] = how["container"] or container_there(address, module)
@@ -134,7 +136,8 @@ def _write_there(adapter: Adapter, address: Address, token: str | None, how: dic
 
     done = adapter.history[-1].operation if adapter.history else "write"
     operation = how["operation"].operation if how["operation"] else done
-    pushed = send(folder, name, how["format"], make, token=token, message=f"{operation} with adaptertools")
+    message = f"{operation} with adaptertools"
+    pushed = send(address, how["format"], how["container"], make, overwrite=overwrite, token=token, message=message)
     return replace(
         made[0],
         path=address if module.FOLDER else replace(address, inside=f"{folder.inside}/{name}".lstrip("/")),

@@ -99,7 +99,7 @@ def explain(error: BaseException) -> click.ClickException:
         case click.ClickException():
             return error
         case KeyboardInterrupt():
-            return Interrupted("interrupted")
+            return Interrupted(message or "interrupted")
         case OptionError():
             return BadOption(message)
         case StoppedMergeError() | HubUnavailableError():
@@ -122,4 +122,4 @@ def _one_line(message: str) -> str:
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(__version__, prog_name="adaptertools")
 def group() -> None:
-    """Convert, rescale, truncate, stack and compare LoRA adapters."""
+    """Convert, change, combine, merge and compare LoRA adapters, on this machine or on the Hugging Face Hub."""

@@ -69,6 +69,8 @@ def parse_weights(text: str | None, count: int) -> list[float] | None:
         weights = [float(part) for part in text.split(",")]
     except ValueError:
         raise OptionError(f"--weights {text}: expected numbers with commas between, such as 0.7,0.3,-1") from None
+    if not all(map(math.isfinite, weights)):
+        raise OptionError(f"--weights {text}: expected finite numbers")
     if len(weights) != count:
         raise OptionError(f"--weights {text}: {len(weights)} weights for {count} adapters; give one for each, in order")
     return weights

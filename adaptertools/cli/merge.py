@@ -1,15 +1,18 @@
 """`adaptertools merge`: a base model and adapters become a merged checkpoint."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from adaptertools.cli.options import Output, Sources, device_option, output_options, revision_option, sources_options
+from adaptertools.errors import OptionError
 
 if TYPE_CHECKING:
-    from adaptertools.hub.stream import Merged
+    from adaptertools.hub.stream import Merged, Way
     from adaptertools.merging.kernels import Statistics
     from adaptertools.merging.outlook import MergeOutlook
     from adaptertools.merging.plan import MergePlan
@@ -72,11 +75,10 @@ def command(
     from adaptertools.hub.stream import Way
     from adaptertools.merging.outlook import preview
     from adaptertools.merging.plan import plan_merge
-    from adaptertools.operations.sizes import parse_size
     from adaptertools.tensors import parse_dtype
 
     given = parse_weights(weights, len(adapters))
-    computing: dict[str, Any] = {"device": device, "max_memory": parse_size(max_memory, 0), "workers": workers}
+    computing: dict[str, Any] = {"device": device, "max_memory": _bytes(max_memory), "workers": workers}
     way = Way.parse(dst, token=sources.token, low_disk=low_disk, private=private, work_dir=work_dir)
     with progress("download", output) as advance:
         base = way.open_base(model, revision=revision, on_progress=advance)
@@ -92,20 +94,55 @@ def command(
         sources=[place.label for place in places],
     )
     if dry_run:
-        way.check(plan, overwrite=overwrite)
+        aim = _Aim(str(way.dst), way.check(plan, overwrite=overwrite), on_hub=not isinstance(way.dst, Path))
         outlook = preview(plan, **computing)
-        output.show(lambda: _plan_text(plan, outlook), lambda: {"dry_run": True, **asdict(outlook), **_plan(plan)})
+        output.show(lambda: _plan_text(plan, outlook, aim), lambda: _plan_document(plan, outlook, aim))
         return
-    with progress("merge", output) as advance:
+    with _resumable(way), progress("merge", output) as advance:
         merged = way.run(plan, overwrite=overwrite, hash=hashed, on_progress=advance, **computing)
     output.show(lambda: _text(plan, merged), lambda: _document(plan, merged))
 
 
-def _plan_text(plan: "MergePlan", outlook: "MergeOutlook") -> str:
+@dataclass(frozen=True, slots=True)
+class _Aim:
+    """Where a merge would go."""
+
+    place: str
+    exists: bool
+    on_hub: bool
+
+    def __str__(self) -> str:
+        return f"{self.place}, {'which exists' if self.exists else 'a new repository'}" if self.on_hub else self.place
+
+
+def _bytes(max_memory: str) -> int:
+    from adaptertools.operations.sizes import parse_size
+
+    try:
+        return parse_size(max_memory, 0)
+    except OptionError:
+        expected = "expected bytes such as 300000000, 500MB or 2GiB"
+        raise OptionError(f"--max-memory {max_memory}: {expected}") from None
+
+
+@contextmanager
+def _resumable(way: "Way") -> Iterator[None]:
+    """Ctrl-C within says what it leaves to go on from."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        folder = way.unfinished()
+        if folder is None:
+            raise
+        kept = "" if isinstance(way.dst, Path) else f", in {folder}"
+        raise KeyboardInterrupt(f"interrupted; the same command goes on from what is finished{kept}") from None
+
+
+def _plan_text(plan: "MergePlan", outlook: "MergeOutlook", aim: _Aim) -> str:
     from adaptertools.cli._report import count, field, size
 
     lines = [
-        f"Would merge {count(len(plan.sources), 'adapter')} into {plan.base.label}; nothing was written",
+        f"Would merge {count(len(plan.sources), 'adapter')} into {plan.base.label}: {aim}; nothing was written",
         *_source_lines(plan),
         field("changed", f"{outlook.changed:,} of {count(outlook.tensors, 'tensor')}"),
         *([field("replaced", count(outlook.replaced, "tensor"))] if outlook.replaced else []),
@@ -125,7 +162,8 @@ def _text(plan: "MergePlan", merged: "Merged") -> str:
     tensors = sum(len(shard.tensors) for shard in plan.shards)
     lines = [
         f"Merged {adapters} into {plan.base.label}: {merged.place}",
-        *([field("commit", merged.url)] if merged.url else []),
+        *([field("commit", merged.sha)] if merged.sha else []),
+        *([field("page", merged.url)] if merged.url else []),
         *_source_lines(plan),
         field("changed", f"{len(report.tensors):,} of {count(tensors, 'tensor')}, computed on {report.device}"),
         *([field("replaced", count(len(report.replaced), "tensor"))] if report.replaced else []),
@@ -186,6 +224,11 @@ def _plan(plan: "MergePlan") -> dict[str, Any]:
         "left_out": list(plan.left_out),
         "notes": list(plan.notes),
     }
+
+
+def _plan_document(plan: "MergePlan", outlook: "MergeOutlook", aim: _Aim) -> dict[str, Any]:
+    destination = {"path": aim.place, "exists": aim.exists}
+    return {"dry_run": True, **asdict(outlook), **_plan(plan), "destination": destination}
 
 
 def _document(plan: "MergePlan", merged: "Merged") -> dict[str, Any]:

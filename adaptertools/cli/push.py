@@ -1,4 +1,4 @@
-"""`adaptertools push`: an adapter or a merged model goes to the Hub."""
+"""`adaptertools push`: an adapter or a model goes to the Hub."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from adaptertools.hub.push import PushReport
 
 
-@click.command("push", short_help="Send an adapter or a merged model to the Hub.")
+@click.command("push", short_help="Send an adapter or a model to the Hub.")
 @click.argument("src")
 @click.argument("repo")
 @click.option("--private", is_flag=True, help="Make a new repository private.")
@@ -19,11 +19,12 @@ if TYPE_CHECKING:
 @click.option("--branch", metavar="B", help="Branch of REPO; made if missing. [default: main]")
 @click.option("--message", metavar="M", help="Title of the commit.")
 @click.option("--to", type=FORMAT, help="Convert the adapter to this format first.")
+@click.option("--drop", multiple=True, metavar="KIND", help="Give up what --to cannot carry, as dora; repeatable.")
 @click.option("--dry-run", is_flag=True, help="List what would go, and send nothing.")
 @reading_options()
 @output_options()
 def command(src: str, repo: str, branch: str | None, reading: Reading, output: Output, **options: Any) -> None:
-    """Send SRC, an adapter or a merged model, to the repository REPO on the Hub, with a model card.
+    """Send SRC, an adapter or a model, merged or not, to the repository REPO on the Hub, with a model card.
 
     Large files go first, then everything in one commit. What stands there already is not sent again. Only the files of
     the format go, with tokenizer, licence and README.md where these stand beside them; what stays here is named.

@@ -94,6 +94,8 @@ def command(
     how["drop"] = [kind for kind in writing.drop if not any(name.startswith(f"{kind}: ") for name in dropped)]
     if isinstance(place := api.as_destination(dst), Path):
         check_destination(place, formats.get(how["format"]), how["overwrite"])
+    elif not how["overwrite"]:
+        api.check_there(place, how["format"], how["container"], token=sources.token)
     with progress("stack", output, "module") as advance:
         stacked = stack(
             adapters,

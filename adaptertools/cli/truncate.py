@@ -53,6 +53,7 @@ def command(
     from adaptertools.adapter import parse_feature
     from adaptertools.cli._progress import progress
     from adaptertools.destination import source_size
+    from adaptertools.hub.address import Address
     from adaptertools.operations.summary import summarize
     from adaptertools.operations.truncate import truncate
 
@@ -70,6 +71,8 @@ def command(
             outlooks = _outlooks(adapter, ranks, computing, advance)
             output.show(lambda: _outlook_text(place.label, outlooks), lambda: _outlook_document(place.label, outlooks))
             return
+        if not how["overwrite"] and isinstance(place_there := api.as_destination(dst), Address):
+            api.check_there(place_there, how["format"], how["container"], token=reading.token)
         done = truncate(adapter, **ranks.arguments(), **computing, on_progress=advance)
     stored = source_size(before.origin) if before.origin else None  # now, since DST may be SRC
     with progress("write", output) as advance:

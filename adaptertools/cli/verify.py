@@ -16,7 +16,7 @@ _FAILED = 4
 """The exit code for a merge that is wrong."""
 
 _SHOWN = 5
-"""Tensors that are listed, the worst first."""
+"""Problems that are listed, and tensors, the worst first."""
 
 _ALLOWED = {
     1: "one rounding",
@@ -90,7 +90,9 @@ def _text(found: "Verification") -> str:
         copied = len(found.tensors) - len(computed)
         lines.append(field("tensors", f"{len(computed):,} merged, {copied:,} to be the same bit for bit"))
         lines.append(field("allowed", _ALLOWED[found.allowed]))
-    lines += [field("wrong", problem) for problem in found.problems]
+    lines += [field("wrong", problem) for problem in found.problems[:_SHOWN]]
+    if len(found.problems) > _SHOWN:
+        lines.append(field("wrong", f"and {len(found.problems) - _SHOWN:,} more"))
     lines += [field("wrong", _wrong_line(each)) for each in found.wrong[:_SHOWN]]
     if len(found.wrong) > _SHOWN:
         lines.append(field("wrong", f"and {len(found.wrong) - _SHOWN:,} more tensors"))

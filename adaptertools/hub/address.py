@@ -74,7 +74,7 @@ def parse_address(text: str) -> Address:
         match = _BARE.fullmatch(text)
         address = Address(match["repo"], match["revision"], bare=True) if match else None
     if address is None or not _plausible(address):
-        raise OptionError(f"{_shown(text)!r} is no address on the Hub: {_EXPECTED}")
+        raise OptionError(f"{_shown(text)!r} is no address on the Hub: {_EXPECTED}{_meant(text)}")
     return address
 
 
@@ -125,6 +125,12 @@ def _plausible(address: Address) -> bool:
         return False
     parts = address.inside.split("/") if address.inside else []
     return not any(part in ("", ".", "..") or re.search(r"[\\\x00-\x1f\x7f]", part) for part in parts)
+
+
+def _meant(text: str) -> str:
+    """A word on a folder of a repository that was given without `hf://`."""
+    address = _from_uri(text) if re.fullmatch(rf"{_PART}(/{_PART}){{2,}}", text) else None
+    return f". Is {address} meant?" if address is not None and _plausible(address) else ""
 
 
 def _shown(text: str) -> str:

@@ -143,7 +143,7 @@ def _single(revision: Revision, folder: str) -> Choice | None:
     """The one file of tensors in a folder, or the one checkpoint of Orbax's; of two kinds of file the safe one."""
     names = directly(revision, folder)
     trees = [name for name in revision.below(folder) if PurePosixPath(name).name == _ORBAX]
-    files = [name for name in names if _may_hold_an_adapter(name, names)]
+    files = [name for name in names if may_hold_an_adapter(name, names)]
     safe = [name for name in files if not name.endswith(PICKLES)]
     files = safe or files
     found = [*(join(folder, name) for name in files), *(parent(name) for name in trees)]
@@ -157,7 +157,7 @@ def _single(revision: Revision, folder: str) -> Choice | None:
     return _one_file(revision, found[0]) if files else _tree(revision, found[0])
 
 
-def _may_hold_an_adapter(name: str, names: Collection[str]) -> bool:
+def may_hold_an_adapter(name: str, names: Collection[str]) -> bool:
     """Whether a file is one of tensors, by its suffix or its sidecar, and neither a model's nor left by a training."""
     tensors = name.endswith(TENSORS) or f"{name}{sidecar.SUFFIX}" in names
     return tensors and not _OF_TRAINING.match(name) and not _OF_A_MODEL.match(name)

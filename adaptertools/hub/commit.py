@@ -104,7 +104,7 @@ class Commit:
         Raises: HubError; OptionError for what is no branch, or `private` with a repository that everyone can see
         """
         if offline():
-            raise HubUnavailableError(f"{address}: HF_HUB_OFFLINE is set, so that nothing can be sent: unset it")
+            raise HubError(f"{address}: HF_HUB_OFFLINE is set, so that nothing can be sent: unset it")
         branch = address.revision or MAIN
         api = connect(token)
         refs, created = ready(api, address, branch, private=private, make=not trial and not create_pr)

@@ -87,6 +87,8 @@ def explain(error: Exception, address: Address, endpoint: str) -> AdapterToolsEr
 def _by_status(error: Exception, where: str, endpoint: str) -> AdapterToolsError:
     status, said = _status(error), _said(error)
     match status:
+        case 401 if not _sent_token(error):
+            return HubAccessError(f"{where}: this takes a token, and none was given{said}. To give one, {_GIVE_TOKEN}")
         case 401:
             return HubAccessError(f"{where}: the Hub does not accept the token{said}. Give a valid one: {_GIVE_TOKEN}")
         case 403:

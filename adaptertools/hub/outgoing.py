@@ -46,16 +46,18 @@ class Outgoing:
         address, weights = self.commit.address, [name for name in self.commit.files if name.endswith(WEIGHTS)]
         if not weights:
             return
-        if not overwrite:
-            raise DestinationExistsError(f"{address} holds {weights[0]}. --overwrite replaces an earlier merge")
         if NAME not in self.commit.files:
-            raise DestinationExistsError(f"{address} holds no {NAME}, so it is not replaced: give another repository")
+            raise DestinationExistsError(
+                f"{address} holds {weights[0]} and no {NAME}, so it is not replaced: give another repository"
+            )
         foreign = sorted(set(weights) - set(self._written()))
         if foreign:
             raise DestinationExistsError(
                 f"{address} holds {foreign[0]}, which the merge there did not write, so it is not replaced: give "
                 "another repository"
             )
+        if not overwrite:
+            raise DestinationExistsError(f"{address} holds {weights[0]}. --overwrite replaces an earlier merge")
 
     def begin(self, staging: Staging, done: Iterable[Layout]) -> None:
         """Go on from what earlier runs finished: what they uploaded is not sent again."""

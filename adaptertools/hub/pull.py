@@ -10,7 +10,13 @@ from adaptertools import formats
 from adaptertools.containers.atomic import explained, publish_folder, staged, sync
 from adaptertools.containers.checkpoint import WEIGHTS, Checkpoint
 from adaptertools.containers.source import Source, as_path
-from adaptertools.errors import AmbiguousFormatError, DestinationExistsError, MissingExtraError, OptionError
+from adaptertools.errors import (
+    AdapterToolsError,
+    AmbiguousFormatError,
+    DestinationExistsError,
+    MissingExtraError,
+    OptionError,
+)
 from adaptertools.hub.address import Address
 from adaptertools.hub.cache import RemoteFile
 from adaptertools.hub.choice import TENSORS, has_adapter
@@ -80,6 +86,7 @@ def pull(
     download(found, choice, on_progress=on_progress)
     check_pickles(found, choice, allow_pickle=allow_pickle)
     kind, notes = _checked(found, choice, model)
+    model = model and kind is None
     linked = _place(found, choice, target, copy) if target is not None else ()
     sizes = {name: (found.snapshot / name).stat().st_size for name in sorted(choice)}
     return PullReport(
@@ -100,10 +107,10 @@ def pull(
 def _checked(revision: Revision, choice: Choice, model: bool) -> tuple[str | None, tuple[str, ...]]:
     """The format of what was fetched. Headers are read, and names, shapes and sizes checked; values are not."""
     place = located_at(revision, choice)
-    if model:
+    source = Source(place)
+    if model and not _is_adapter(source):
         Checkpoint.open(place)
         return None, ()
-    source = Source(place)
     try:
         for name in choice:
             if "/" not in _inside(name, choice) and (name.endswith(TENSORS) or name == choice.at):
@@ -113,6 +120,15 @@ def _checked(revision: Revision, choice: Choice, model: bool) -> tuple[str | Non
         return None, (str(error),)
     except MissingExtraError as error:
         return None, (f"not checked: {error}",)
+
+
+def _is_adapter(source: Source) -> bool:
+    """Whether weights that by their name could be a model's are an adapter, as a lone file of loralib's is."""
+    try:
+        formats.detect(source)
+    except AdapterToolsError:
+        return False
+    return True
 
 
 def _remarks(revision: Revision) -> tuple[str, ...]:
@@ -136,7 +152,7 @@ def _check_destination(dst: Path, overwrite: bool) -> None:
     if not dst.is_dir():
         raise DestinationExistsError(f"{dst} is a file, and what is pulled stands in a folder: give another name")
     if not overwrite:
-        raise DestinationExistsError(f"{dst} exists. --overwrite replaces it")
+        raise DestinationExistsError(f"{dst} exists. overwrite=True (--overwrite) replaces it")
     if not any(any(dst.glob(pattern)) for pattern in _replaced()):
         raise DestinationExistsError(f"{dst} holds no file of an adapter or a model: give another name")
 

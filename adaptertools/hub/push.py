@@ -73,12 +73,14 @@ def upload(
     create_pr: bool = False,
     dry_run: bool = False,
     source: str | None = None,
+    check: Callable[[Commit], None] | None = None,
     token: str | None = None,
     on_progress: Progress | None = None,
 ) -> PushReport:
     """Send files to a repository in one commit, with their model card. What stands there already is not sent again.
 
-    `source` is what records call the place of the files, `org/name@sha` where they came from the Hub.
+    `source` is what records call the place of the files, `org/name@sha` where they came from the Hub. `check` may
+    refuse, by an error, what stands there, before anything is sent.
 
     Raises: HubMovedError where someone else committed meanwhile; HubUnavailableError where the same call goes on;
             HubError, OptionError
@@ -86,6 +88,8 @@ def upload(
     local = _text(contents.card, str(contents.card)) if contents.card else None
     card.read_card(local or "", str(contents.card))  # what is wrong with it is said before a repository is made
     commit = Commit.open(address, token=token, private=private, create_pr=create_pr, trial=dry_run)
+    if check is not None:
+        check(commit)
     sources = [*([source] if source else []), *_sources(contents)]
     facts = facts_of(contents, address, token=token)
     readme, notes = model_card(commit, facts, sources=sources, local=local, token=token)

@@ -30,7 +30,7 @@ from adaptertools.hub.standing import MAIN
 from adaptertools.hub.transfer import Progress, download
 from adaptertools.merging.plan import MergePlan
 from adaptertools.merging.record import MergeReport
-from adaptertools.merging.resume import Staging
+from adaptertools.merging.resume import Staging, staging_folder
 from adaptertools.merging.route import Route
 from adaptertools.merging.run import check_destination, run_merge
 from adaptertools.merging.shards import Layout
@@ -94,15 +94,17 @@ class Way:
         )
         return place
 
-    def check(self, plan: MergePlan, *, overwrite: bool = False) -> None:
-        """Make sure that the result may be put there, and change nothing.
+    def check(self, plan: MergePlan, *, overwrite: bool = False) -> bool:
+        """Make sure that the result may be put there, and change nothing; whether the repository or folder exists.
 
         Raises: DestinationExistsError, HubError, OptionError
         """
         if isinstance(self.dst, Address):
-            self._outgoing(trial=True).check(overwrite)
-        else:
-            check_destination(plan, self.dst, overwrite=overwrite)
+            outgoing = self._outgoing(trial=True)
+            outgoing.check(overwrite)
+            return not outgoing.commit.created
+        check_destination(plan, self.dst, overwrite=overwrite)
+        return self.dst.exists()
 
     def run(self, plan: MergePlan, *, overwrite: bool = False, **options: Any) -> Merged:
         """Do what `run_merge` does, by this way; `options` are the other ones of `run_merge`.
@@ -112,13 +114,22 @@ class Way:
         Raises: as `run_merge`; HubMovedError if the branch moves on meanwhile
         """
         outgoing = self._outgoing() if isinstance(self.dst, Address) else None
-        folder = self.dst if isinstance(self.dst, Path) else work_folder(self.dst, self.work)
         route = HubRoute(plan, self._incoming, outgoing, low_disk=self.low_disk)
-        report = run_merge(plan, folder, overwrite=overwrite, route=route, **options)
+        report = run_merge(plan, self._folder, overwrite=overwrite, route=route, **options)
         if outgoing is None:
             return Merged(report, str(report.path))
         done = outgoing.committed
         return Merged(report, str(self.dst), done.sha if done else outgoing.commit.parent, done.url if done else None)
+
+    def unfinished(self) -> Path | None:
+        """Where a run that was stopped kept what it finished; None where there is nothing to go on from."""
+        dst = self._folder
+        folder = staging_folder(dst.resolve() if dst.is_dir() else dst)
+        return folder if folder.exists() else None
+
+    @property
+    def _folder(self) -> Path:
+        return self.dst if isinstance(self.dst, Path) else work_folder(self.dst, self.work)
 
     def _outgoing(self, *, trial: bool = False) -> Outgoing:
         assert isinstance(self.dst, Address)

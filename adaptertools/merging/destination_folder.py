@@ -35,10 +35,8 @@ def check_free(dst: Path, overwrite: bool) -> None:
         return
     if not dst.is_dir():
         raise DestinationExistsError(f"{dst} is a file, and a merged model is a folder: give another name")
-    if not overwrite:
-        raise DestinationExistsError(f"{dst} exists. --overwrite replaces an earlier merge")
     if not (dst / NAME).is_file():
-        raise DestinationExistsError(f"{dst} holds no {NAME}, so it is not replaced: give another name")
+        raise DestinationExistsError(f"{dst} exists and holds no {NAME}, so it is not replaced: give another name")
     theirs = set(_written(dst))
     foreign = sorted(entry.name for entry in dst.iterdir() if entry.name.endswith(WEIGHTS))
     foreign = [name for name in foreign if name not in theirs]
@@ -46,6 +44,8 @@ def check_free(dst: Path, overwrite: bool) -> None:
         raise DestinationExistsError(
             f"{dst} holds {foreign[0]}, which the merge there did not write, so it is not replaced: give another name"
         )
+    if not overwrite:
+        raise DestinationExistsError(f"{dst} exists. --overwrite replaces an earlier merge")
 
 
 def replaced_files(dst: Path) -> tuple[str, ...]:

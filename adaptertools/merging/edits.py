@@ -95,7 +95,7 @@ class Edit:
         rows, columns = self.matrix
         if rows * columns != math.prod(self.shape):
             raise ShapeError(f"{self.name}: {self.shape} is no matrix of {rows} by {columns}")
-        for update in (*self.updates, *(each.update for each in self.renormalizations)):
+        for update in self.changes:
             down, across = update.block
             if down.stop > rows or across.stop > columns:
                 raise ShapeError(
@@ -104,6 +104,32 @@ class Edit:
                 )
 
     @property
+    def changes(self) -> tuple[Update, ...]:
+        """All that is added, DoRA's included."""
+        return (*self.updates, *(each.update for each in self.renormalizations))
+
+    @property
+    def adapters(self) -> frozenset[int]:
+        """The places of the adapters that add to it."""
+        return frozenset(update.source for update in self.changes)
+
+    @property
+    def shares_dora(self) -> bool:
+        """Whether an adapter with DoRA changes elements that another adapter changes too."""
+        return len(self.adapters) > 1 and any(
+            _meet(each.update, other)
+            for each in self.renormalizations
+            for other in self.changes
+            if other.source != each.update.source
+        )
+
+    @property
     def computes(self) -> bool:
         """Whether there is arithmetic to do, not only bytes to move."""
         return bool(self.updates or self.renormalizations)
+
+
+def _meet(one: Update, other: Update) -> bool:
+    """Whether two blocks have elements in common."""
+    pairs = zip(one.block, other.block, strict=True)
+    return all(mine.start < theirs.stop and theirs.start < mine.stop for mine, theirs in pairs)

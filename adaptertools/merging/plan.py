@@ -89,8 +89,7 @@ class MergePlan:
         """The memory that factors and whole weights take, each counted once."""
         held = {}
         for edit in self.edits.values():
-            updates = (*edit.updates, *(each.update for each in edit.renormalizations))
-            tensors = [factor for update in updates for factor in (update.left, update.right)]
+            tensors = [factor for update in edit.changes for factor in (update.left, update.right)]
             tensors += [each.magnitude for each in edit.renormalizations] + [rows for _, rows in edit.rows]
             tensors += [] if edit.replacement is None else [edit.replacement]
             held.update({(tensor.data_ptr(), tensor.shape): tensor.nbytes for tensor in tensors})
@@ -165,6 +164,13 @@ def plan_merge(
     copied, left = outputs.copied(opened)
     notes = [f"{member.name} has weight 0 and changes nothing" for member in members if not member.weight]
     notes += [f"left in the base's folder: {_few(left)}"] if left else []
+    if opened.files and "config.json" not in copied:
+        notes.append("the base has no config.json: the result is weights alone, and takes one to be loaded as a model")
+    if shared := [name for name, edit in edits.items() if edit.shares_dora]:
+        notes.append(
+            f"an adapter with DoRA and another one change the same weights ({_few(shared)}): each delta is taken from "
+            "the base's own weight; merged one after another, DoRA is taken from what the adapters before it gave"
+        )
     return MergePlan(
         base=opened,
         sources=tuple(member.name for member in members),

@@ -85,7 +85,7 @@ def verify_merge(
         result = Checkpoint.open(made)
     except (FileError, SourceNotFoundError) as error:
         if not made.path.exists():
-            raise
+            raise SourceNotFoundError(f"{made.label}: there is no such merged model") from error
         return Verification(merged=made.label, problems=(str(error),))
     plan = plan_merge(
         start,
@@ -109,7 +109,7 @@ def verify_merge(
         merged=made.label,
         tensors=checks,
         problems=(*problems, *problems_of_files(plan, result, ours)),
-        coefficients=coefficients,
+        coefficients=tuple(coefficients[source] for source in _judged(plan, comparable)),
         by_other_tool=not ours,
         allowed=1 if ours else 6 if any(edit.renormalizations for edit in plan.edits.values()) else 2,
         notes=_notes(plan, dropped),
@@ -128,6 +128,14 @@ def _is_untied(base: Checkpoint, merged: Checkpoint) -> bool:
     """Whether the merge has a head of its own that the base has not."""
     ties = (checkpoint.config.get("tie_word_embeddings", True) is not False for checkpoint in (base, merged))
     return tuple(ties) == (True, False) and any(name not in base.shapes for name in merged.shapes)
+
+
+def _judged(plan: MergePlan, comparable: Sequence[str]) -> list[int]:
+    """The adapters whose coefficients can be told: not those of whose delta weights no tensor could be compared."""
+    changing = {name: edit.adapters for name, edit in plan.edits.items()}
+    compared = {source for name in comparable for source in changing.get(name, ())}
+    unseen = {source for sources in changing.values() for source in sources} - compared
+    return [source for source in range(len(plan.sources)) if source not in unseen]
 
 
 def _notes(plan: MergePlan, dropped: Sequence[str]) -> tuple[str, ...]:
