@@ -26,7 +26,8 @@ from adaptertools.errors import (
     UnsafeFileError,
 )
 
-_CONFIG = "config.json"
+CONFIG = "config.json"
+"""What makes a model of a folder of weights."""
 _INDEX = ".index.json"
 WEIGHTS = (
     "model.safetensors.index.json",
@@ -107,7 +108,7 @@ class Checkpoint:
                 offset = file.offsets.get(name)
                 place = Place(Path(file.label), offset, tensor.nbytes) if offset is not None else None
                 places[name] = place
-        config = weights.parent / _CONFIG
+        config = weights.parent / CONFIG
         return cls(
             shapes={name: tuple(tensor.shape) for name, tensor in mapped.items()},
             dtypes={name: tensor.dtype for name, tensor in mapped.items()},

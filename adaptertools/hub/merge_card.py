@@ -2,13 +2,12 @@
 
 from pathlib import Path
 
+from adaptertools.containers.checkpoint import CONFIG
 from adaptertools.containers.jsonfile import read_json
 from adaptertools.hub.commit import Commit
 from adaptertools.hub.provenance import merge_facts, merge_sources
 from adaptertools.hub.push import model_card
 from adaptertools.merging import record
-
-_CONFIG = "config.json"
 
 
 def merge_card(commit: Commit, result: Path, *, token: str | None) -> str:
@@ -19,6 +18,6 @@ def merge_card(commit: Commit, result: Path, *, token: str | None) -> str:
     Raises: HubError; DamagedFileError if the metadata of the card that stands there cannot be read
     """
     document = read_json(result / record.NAME)
-    config = read_json(result / _CONFIG) if (result / _CONFIG).is_file() else {}
+    config = read_json(result / CONFIG) if (result / CONFIG).is_file() else {}
     facts = merge_facts(document, config, commit.address.repo_id.rpartition("/")[2])
     return model_card(commit, facts, sources=merge_sources(document), token=token)[0]

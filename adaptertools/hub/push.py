@@ -10,14 +10,13 @@ from typing import Any
 
 from adaptertools import formats
 from adaptertools.adapter import Adapter
-from adaptertools.containers.source import Located
 from adaptertools.errors import DamagedFileError, FileError, HubError, HubUnavailableError
 from adaptertools.hub import card
 from adaptertools.hub.address import Address
 from adaptertools.hub.card import CardFacts
 from adaptertools.hub.client import connect
 from adaptertools.hub.commit import Commit
-from adaptertools.hub.contents import Contents, contents_of
+from adaptertools.hub.contents import Contents
 from adaptertools.hub.provenance import adapter_facts, adapter_sources, merge_facts, merge_sources, sources_of
 from adaptertools.hub.revision import resolve
 from adaptertools.hub.standing import asked, size_of
@@ -111,34 +110,6 @@ def upload(
         removed=tuple(commit.deleted),
         left_out=contents.left_out,
         notes=(*notes, *_others(commit, contents)),
-    )
-
-
-def upload_folder(
-    folder: Path | Located,
-    address: Address,
-    *,
-    format: str | None = None,
-    message: str | None = None,
-    private: bool = False,
-    create_pr: bool = False,
-    dry_run: bool = False,
-    token: str | None = None,
-    on_progress: Progress | None = None,
-) -> PushReport:
-    """Send the adapter in a folder or a file, or the merged model in a folder; `format` is told by its content.
-
-    Raises: what `upload` raises; UnknownFormatError, AmbiguousFormatError and the like
-    """
-    return upload(
-        contents_of(folder, format),
-        address,
-        message=message,
-        private=private,
-        create_pr=create_pr,
-        dry_run=dry_run,
-        token=token,
-        on_progress=on_progress,
     )
 
 

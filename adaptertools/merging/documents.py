@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from adaptertools.containers.atomic import explained, sync
+from adaptertools.containers.checkpoint import CONFIG
 from adaptertools.containers.jsonfile import format_json, read_json
 from adaptertools.containers.tensorfile import reading
 from adaptertools.merging.plan import MergePlan
 from adaptertools.merging.record import NAME
-from adaptertools.merging.resume import CONFIG, PART
+from adaptertools.merging.resume import PART
 from adaptertools.merging.shards import index_file
 from adaptertools.merging.workers import copy_range
 

@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 
-from adaptertools.containers.checkpoint import Checkpoint
+from adaptertools.containers.checkpoint import CONFIG, Checkpoint
 from adaptertools.containers.jsonfile import read_json
 from adaptertools.merging.plan import MergePlan
 from adaptertools.tensors import dtype_name
 
-_CONFIG = "config.json"
 _MOST = 5
 
 _BUFFER = re.compile(r"(.*\.)?(position_ids|rotary_emb\.inv_freq|attn\.masked_bias|attn\.bias)")
@@ -90,7 +89,7 @@ def _stated_size(checkpoint: Checkpoint) -> Any:
 def _config_problems(expected: Mapping[str, Any], merged: Checkpoint, ours: bool) -> list[str]:
     odd = [key for key, value in expected.items() if merged.config.get(key) != value]
     odd += [key for key in merged.config if key not in expected] if ours else []
-    return [f"{_CONFIG}: {key} is {merged.config.get(key)!r}, expected {expected.get(key)!r}" for key in odd[:_MOST]]
+    return [f"{CONFIG}: {key} is {merged.config.get(key)!r}, expected {expected.get(key)!r}" for key in odd[:_MOST]]
 
 
 def _copy_problems(plan: MergePlan, merged: Checkpoint) -> list[str]:
@@ -99,7 +98,7 @@ def _copy_problems(plan: MergePlan, merged: Checkpoint) -> list[str]:
     source, folder = plan.base.folder, merged.folder
     partly = merged.opened is not None and merged.opened.is_remote
     for name in plan.copied:
-        if name == _CONFIG:
+        if name == CONFIG:
             continue
         if not (folder / name).is_file():
             if not partly:

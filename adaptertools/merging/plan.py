@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from adaptertools.adapter import Adapter, merge_notes
-from adaptertools.containers.checkpoint import Checkpoint
+from adaptertools.containers.checkpoint import CONFIG, Checkpoint
 from adaptertools.containers.source import Located
 from adaptertools.dialects.peft.base import BaseModel
 from adaptertools.errors import MatchError, OptionError
@@ -164,7 +164,7 @@ def plan_merge(
     copied, left = outputs.copied(opened)
     notes = [f"{member.name} has weight 0 and changes nothing" for member in members if not member.weight]
     notes += [f"left in the base's folder: {_few(left)}"] if left else []
-    if opened.files and "config.json" not in copied:
+    if opened.files and CONFIG not in copied:
         notes.append("the base has no config.json: the result is weights alone, and takes one to be loaded as a model")
     if shared := [name for name, edit in edits.items() if edit.shares_dora]:
         notes.append(

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptertools.containers.atomic import allocated, explained, publish_folder, sync, write_text
+from adaptertools.containers.checkpoint import CONFIG
 from adaptertools.containers.jsonfile import format_json, read_json
 from adaptertools.errors import DestinationError, DestinationExistsError, FileError
 from adaptertools.merging.kernels import Statistics
@@ -28,9 +29,6 @@ _ASIDE = f"{_RESULT}-old"
 _INCOMING = "incoming"
 _SENT = "sent"
 _NEW = ".new"
-
-CONFIG = "config.json"
-"""What makes a model of a folder of weights."""
 
 PART = ".part"
 """What the name of a file ends in as long as it is in the making."""
