@@ -21,6 +21,7 @@ LAYERS = (
     {"convolution"},
     {"adapter"},
     {"encoding"},
+    {"stating"},
     {"containers"},
     {"linalg"},
     {"dialects"},

@@ -73,10 +73,14 @@ def command(
     from adaptertools.cli._progress import progress
     from adaptertools.cli._values import parse_weights
     from adaptertools.hub.stream import Way
+    from adaptertools.linalg import parse_device
+    from adaptertools.merging.kernels import warm_up
     from adaptertools.merging.outlook import preview
     from adaptertools.merging.plan import plan_merge
     from adaptertools.tensors import parse_dtype
 
+    if not dry_run:
+        warm_up(parse_device(device, has_float64=False))
     given = parse_weights(weights, len(adapters))
     computing: dict[str, Any] = {"device": device, "max_memory": _bytes(max_memory), "workers": workers}
     way = Way.parse(dst, token=sources.token, low_disk=low_disk, private=private, work_dir=work_dir)

@@ -56,7 +56,7 @@ from adaptertools.containers.jsonfile import parse_object
 from adaptertools.containers.source import Source
 from adaptertools.containers.tensorfile import TensorFile
 from adaptertools.dialects.loralib.keys import adapter_file, adapter_files, sort_keys
-from adaptertools.dialects.loralib.layers import common_alpha, cut, slots_of
+from adaptertools.dialects.loralib.layers import cut, slots_of
 from adaptertools.dialects.loralib.layout import Layout, LayoutOptions, settle
 from adaptertools.dialects.loralib.record import (
     LayerRecord,
@@ -75,6 +75,7 @@ from adaptertools.errors import (
     UnsupportedFeatureError,
 )
 from adaptertools.module import check_alpha
+from adaptertools.stating import common_alpha
 from adaptertools.tensors import Deferred, combine
 
 SUMMARY = "microsoft/LoRA: the state dict of lora_state_dict"

@@ -270,6 +270,21 @@ def has_triton() -> bool:
     return True
 
 
+def warm_up(device: torch.device) -> None:
+    """Begin, beside what else is to be done, with what the first product on a GPU would have to wait a second for."""
+    if device.type != "cuda":
+        return
+
+    def work() -> None:
+        if has_triton():
+            from adaptertools.merging.triton_kernel import warm_up
+
+            with contextlib.suppress(RuntimeError):  # the merge will say it
+                warm_up(device)
+
+    threading.Thread(target=work).start()
+
+
 def _arithmetic(edit: Edit) -> torch.dtype:
     updates = (*edit.updates, *(each.update for each in edit.renormalizations))
     factors = [factor.dtype for update in updates for factor in (update.left, update.right)]

@@ -6,9 +6,11 @@ whole result is renamed into place.
 """
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -39,6 +41,9 @@ Progress = Callable[[int, int], None]
 """Called with the bytes written and the bytes in all."""
 
 _SECONDS_BETWEEN_REPORTS = 0.1
+
+_FILES_AT_ONCE = 4
+"""How many files are in the making: systems let one writer at a time into a file, and a killed run loses them all."""
 
 
 def run_merge(
@@ -140,7 +145,8 @@ def _make(
     outputs = [Output(plan, layout, staging, sources, crew.device) for layout in rest]
     try:
         route.begin(staging, [layout for layout in layouts if layout not in rest], sources.in_order)
-        _work(crew, (task for output in outputs for task in output.tasks()), meter, route)
+        at_once = 1 if route.gradual else _FILES_AT_ONCE
+        _work(crew, _in_turn([output.tasks() for output in outputs], at_once), meter, route)
         route.settle(meter.tell)
     finally:
         route.halt()
@@ -168,6 +174,20 @@ class _Meter:
         if self._on_progress is not None and self._done != self._told:
             self._told = self._done
             self._on_progress(self._told, self.total)
+
+
+def _in_turn(files: Sequence[Iterator[Task]], at_once: int) -> Iterator[Task]:
+    """The tasks of so many files at a time, one of each in turn."""
+    waiting = iter(files)
+    begun = deque(islice(waiting, at_once))
+    while begun:
+        tasks = begun.popleft()
+        task = next(tasks, None)
+        if task is None:
+            begun.extend(islice(waiting, 1))
+        else:
+            begun.append(tasks)
+            yield task
 
 
 def _work(crew: Crew, tasks: Iterator[Task], meter: _Meter, route: Route) -> None:

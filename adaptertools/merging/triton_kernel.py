@@ -92,7 +92,7 @@ def add_product(
     """
     rows, columns = weight.shape
     rank = split.left_high.shape[1]
-    down, across, warps, chain, stages = configuration(rank)
+    down, across, warps, chain, stages = configuration(rank, has_statistics)
     while chain > 1 and triton.cdiv(columns, across * chain) * triton.cdiv(rows, down) < 512:
         chain //= 2
     grid = (triton.cdiv(columns, across * chain), triton.cdiv(rows, down))
@@ -131,19 +131,27 @@ def add_product(
     return parts.sum(dim=0, dtype=torch.float64) if has_statistics else torch.zeros(4, device=weight.device)
 
 
+def warm_up(device: torch.device) -> None:
+    """Have torch and Triton load what the first product needs, whatever its shape."""
+    with torch.cuda.device(device):
+        ones = torch.ones(16, 16, device=device)
+        split(ones, ones)
+        _nothing[(1,)]()
+
+
 _WIDEST = 128
 """The most ranks that a program keeps at hand."""
 
 
-def configuration(rank: int) -> tuple[int, int, int, int, int]:
+def configuration(rank: int, has_statistics: bool) -> tuple[int, int, int, int, int]:
     """Rows and columns of a tile, warps, tiles a program, and tiles on their way; the fastest found on an H200."""
+    if rank > _WIDEST:
+        return 128, 128, 8, 1, 1
+    if has_statistics:  # more to keep in registers
+        return (128, 32, 4, 8, 3) if rank <= 64 else (64, 64, 4, 8, 2)
     if rank <= 32:
         return 64, 128, 4, 4, 3
-    if rank <= 64:
-        return 64, 128, 4, 4, 2
-    if rank <= _WIDEST:
-        return 128, 64, 8, 8, 3
-    return 128, 128, 8, 1, 1
+    return (64, 128, 4, 4, 2) if rank <= 64 else (128, 64, 8, 16, 3)
 
 
 def _padded(rank: int) -> int:
@@ -162,6 +170,11 @@ def _halves(wide: Tensor, padding: tuple[int, ...], transposed: bool = False) ->
     high = scaled.to(torch.float16).contiguous()
     low = (scaled - high).to(torch.float16).contiguous()
     return high, low, exponents
+
+
+@triton.jit
+def _nothing() -> None:
+    pass
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -194,11 +207,12 @@ def _add_product(  # type: ignore[no-untyped-def]
     CHAIN: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    i = tl.program_id(1) * DOWN + tl.arange(0, DOWN)
+    down = tl.arange(0, DOWN)
+    i = tl.program_id(1) * DOWN + down
     k = tl.arange(0, PANEL)
     in_rows = i < rows
-    far = i.to(tl.int64)
-    left = far[:, None] * rank + k[None, :]
+    top = (tl.program_id(1) * DOWN).to(tl.int64)  # places within a tile fit into 32 bits, those of tiles may not
+    left = top * rank + down[:, None] * rank + k[None, :]
     left_scale = tl.load(LEFT_SCALE + i, mask=in_rows, other=0.0)
     if not IS_CHUNKED:
         if IS_EVEN:
@@ -219,22 +233,15 @@ def _add_product(  # type: ignore[no-untyped-def]
         j = first + tile * ACROSS + tl.arange(0, ACROSS)
         in_columns = j < columns
         inside = in_rows[:, None] & in_columns[None, :]
-        right = k[:, None].to(tl.int64) * right_stride + j[None, :]
-        at = far[:, None] * weight_stride + j[None, :]
-        if IS_EVEN:
-            weight = tl.load(WEIGHT + at)
-            right_scale = tl.load(RIGHT_SCALE + j)
-        else:
-            weight = tl.load(WEIGHT + at, mask=inside, other=0.0)
-            right_scale = tl.load(RIGHT_SCALE + j, mask=in_columns, other=0.0)
+        right = k[:, None] * right_stride + j[None, :]
         if IS_CHUNKED:
             product = tl.zeros((DOWN, ACROSS), dtype=tl.float32)
             for chunk in tl.range(0, rank, PANEL, num_stages=3):
                 part_high = tl.load(LEFT_HIGH + left + chunk, mask=in_rows[:, None], other=0.0)
                 part_low = tl.load(LEFT_LOW + left + chunk, mask=in_rows[:, None], other=0.0)
-                down = right + chunk * right_stride.to(tl.int64)
-                right_high = tl.load(RIGHT_HIGH + down, mask=in_columns[None, :], other=0.0)
-                right_low = tl.load(RIGHT_LOW + down, mask=in_columns[None, :], other=0.0)
+                below = chunk * right_stride.to(tl.int64)
+                right_high = tl.load(RIGHT_HIGH + below + right, mask=in_columns[None, :], other=0.0)
+                right_low = tl.load(RIGHT_LOW + below + right, mask=in_columns[None, :], other=0.0)
                 product = tl.dot(part_high, right_low, product)
                 product = tl.dot(part_low, right_high, product)
                 product = tl.dot(part_high, right_high, product)
@@ -248,6 +255,14 @@ def _add_product(  # type: ignore[no-untyped-def]
             product = tl.dot(left_high, right_low)
             product = tl.dot(left_low, right_high, product)
             product = tl.dot(left_high, right_high, product)
+        # W comes after the product: held through it, it would leave too few registers
+        at = down[:, None] * weight_stride + j[None, :]
+        if IS_EVEN:
+            weight = tl.load(WEIGHT + top * weight_stride + at)
+            right_scale = tl.load(RIGHT_SCALE + j)
+        else:
+            weight = tl.load(WEIGHT + top * weight_stride + at, mask=inside, other=0.0)
+            right_scale = tl.load(RIGHT_SCALE + j, mask=in_columns, other=0.0)
         wide = weight.to(tl.float32)
         delta = product * left_scale[:, None] * right_scale[None, :]
         if HAS_ROW:
@@ -256,11 +271,6 @@ def _add_product(  # type: ignore[no-untyped-def]
             column = tl.load(COLUMN + j, mask=in_columns, other=0.0)
             delta += wide * column[None, :]
         rounded = (wide + delta).to(OUT.dtype.element_ty)
-        to = far[:, None] * out_stride + j[None, :]
-        if IS_EVEN:
-            tl.store(OUT + to, rounded)
-        else:
-            tl.store(OUT + to, rounded, mask=inside)
         if HAS_STATISTICS:
             plain = wide.to(OUT.dtype.element_ty)
             lost = (rounded.to(tl.float32) - wide) - delta
@@ -269,6 +279,11 @@ def _add_product(  # type: ignore[no-untyped-def]
             lost_sum += tl.sum(lost * lost, axis=1)
             same = plain == rounded
             same_sum += tl.sum((same if IS_EVEN else same & inside).to(tl.float32), axis=1)
+        to = down[:, None] * out_stride + j[None, :]
+        if IS_EVEN:
+            tl.store(OUT + top * out_stride + to, rounded)
+        else:
+            tl.store(OUT + top * out_stride + to, rounded, mask=inside)
     if HAS_STATISTICS:
         part = PARTS + (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)) * 4
         tl.store(part, tl.sum(delta_sum))

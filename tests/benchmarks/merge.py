@@ -197,6 +197,7 @@ def in_turns(repeat: int, dst: Path, commands: dict[str, Sequence[str]]) -> dict
         for name, command in commands.items():
             clear(dst)
             runs[name].append(run(command))
+            print(f"{name}: {runs[name][-1].seconds:.2f} s", file=sys.stderr, flush=True)
     clear(dst)
     return {name: Run(min(r.seconds for r in its), max(r.peak_bytes for r in its)) for name, its in runs.items()}
 

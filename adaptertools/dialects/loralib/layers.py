@@ -120,11 +120,3 @@ def _check_layer(name: str, module: LoraModule) -> None:
             f"hold a rank-{module.rank} update of the weight {shape}, {module.out_features} by {module.in_features}; "
             "--drop conv gives it up"
         )
-
-
-def common_alpha(modules: Sequence[LoraModule]) -> float | None:
-    """The one alpha that, divided by each module's r, is exactly its scaling; None if there is none."""
-    rule = ScaleRule.ALPHA_OVER_RANK
-    alpha = rule.alpha(modules[0].scaling, modules[0].nominal_rank)
-    fits = all(rule.scaling(alpha, module.nominal_rank) == module.scaling for module in modules)
-    return alpha if fits else None
