@@ -172,7 +172,7 @@ def _halves(wide: Tensor, padding: tuple[int, ...], transposed: bool = False) ->
     return high, low, exponents
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _nothing() -> None:
     pass
 
