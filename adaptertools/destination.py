@@ -10,7 +10,7 @@ from adaptertools.adapter import Origin
 from adaptertools.containers import sidecar
 from adaptertools.containers.artifact import Artifact
 from adaptertools.containers.atomic import publish_files, publish_folder, staged, write_text
-from adaptertools.containers.history import header_strings
+from adaptertools.containers.history import IN_HEADER, header_strings
 from adaptertools.containers.jsonfile import format_json
 from adaptertools.containers.source import Source
 from adaptertools.errors import AdapterToolsError, AmbiguousFormatError, DestinationError, DestinationExistsError
@@ -101,6 +101,7 @@ def store(
             on_progress(done, total)
 
     metadata, documents = _with_history(artifact, container, history)
+    metadata |= artifact.hashes() if artifact.hashes else {}
     with staged(dst) as staging:
         weights = staging / (artifact.stem + containers.get(container).SUFFIX if module.FOLDER else dst.name)
         containers.get(container).write(weights, artifact.tensors, metadata, advance)
@@ -133,7 +134,7 @@ def _with_history(
 ) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
     """The metadata and the documents of an artifact, one of which carries the history."""
     metadata, documents = dict(artifact.metadata), {name: dict(doc) for name, doc in artifact.documents.items()}
-    if history and container == "safetensors":
+    if history and container in IN_HEADER:
         metadata |= header_strings(history, metadata)
     elif history:
         documents.setdefault(artifact.sidecar, {})["history"] = history

@@ -24,6 +24,19 @@ def strip_wrappers(name: str) -> str:
     return ".".join(parts)
 
 
+def strip_state_dict(key: str) -> str:
+    """The key without those under which training loops wrap a state dict.
+
+    >>> strip_state_dict("model/transformer.h.0.attn.qkv.lora_A")
+    'transformer.h.0.attn.qkv.lora_A'
+    """
+    first, _, rest = key.partition("/")
+    while rest and first in STATE_DICT_KEYS:
+        key = rest
+        first, _, rest = key.partition("/")
+    return key
+
+
 def strip_prefix(name: str, prefix: str) -> str:
     """The name without `prefix`, however often it stands in front."""
     while name.startswith(prefix):

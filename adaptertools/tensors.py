@@ -116,6 +116,7 @@ def parse_dtype(name: str) -> torch.dtype:
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The tensor's bytes in C order, without a copy where it is contiguous."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
+    flat = flat.as_strided(flat.shape, (1,))  # a single element of a view keeps a stride of its own, and is contiguous
     return flat.view(torch.uint8).numpy().data
 
 

@@ -21,7 +21,7 @@ from hub_api import Api
 from hub_repository import Blob, RefusedError, Repository, Storage
 
 SLOW, FAST = 1 << 14, 1 << 22
-"""How many bytes are moved at once, with a throttle and without."""
+"""How many bytes are moved at once, with a throttle at least and without."""
 
 
 @dataclass
@@ -103,7 +103,7 @@ class HubServer:
 
     tokens: known tokens and their roles. `hf_reader` and `hf_writer` see private repositories, `hf_outsider` does not.
     admitted: tokens that gated repositories let in (none to begin with); anonymous callers read public ones.
-    throttle: bytes per second of every body in either direction; None is unlimited.
+    throttle: bytes per second of all bodies together, in each direction; None is unlimited.
     xet: whether large files also go through Xet. port: 0 takes a free one.
     part_size: files above it are uploaded in parts. page: entries of one page of a listing.
     """
@@ -115,6 +115,7 @@ class HubServer:
         self.requests: list[Request] = []
         self.faults = Faults()
         self.throttle: float | None = None
+        self._free_at: dict[str, float] = {}
         self.part_size = 8 << 20
         self.page = 100
         self.failures: list[BaseException] = []
@@ -197,10 +198,18 @@ class HubServer:
     def logged(self, path: str = "", method: str = "") -> list[Request]:
         return [each for each in self.requests if method in ("", each.method) and re.search(path, each.path)]
 
-    def pace(self, count: int, since: float) -> None:
-        """Wait until `count` bytes since then are no faster than the throttle."""
+    @property
+    def step(self) -> int:
+        """How many bytes are moved at once."""
+        return max(SLOW, int(self.throttle / 500)) if self.throttle else FAST
+
+    def pace(self, direction: str, count: int) -> None:
+        """Wait until these bytes have passed the line, which all bodies of a direction share."""
         if self.throttle:
-            time.sleep(max(0.0, since + count / self.throttle - time.monotonic()))
+            with self.lock:
+                begins = max(time.monotonic(), self._free_at.get(direction, 0.0))
+                self._free_at[direction] = passed = begins + count / self.throttle
+            time.sleep(max(0.0, passed - time.monotonic()))
 
     @contextmanager
     def down(self) -> Iterator[None]:
@@ -279,11 +288,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _receive(self, spool, entry: Request, fault: Fault | None) -> None:
         """The body, whole, into the spool; nothing is done with a body that did not come whole."""
-        since = time.monotonic()
         for data in self._body():
             spool.write(data)
             entry.received += len(data)
-            self.server.hub.pace(entry.received, since)
+            self.server.hub.pace("in", len(data))
             if fault and fault.cut is not None and entry.received >= fault.cut:
                 raise CutError
         spool.seek(0)
@@ -297,7 +305,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         left = int(self.headers.get("Content-Length") or 0)
         while left:
-            data = self.rfile.read(min(SLOW if self.server.hub.throttle else FAST, left))
+            data = self.rfile.read(min(self.server.hub.step, left))
             if not data:
                 raise CutError
             left -= len(data)
@@ -332,11 +340,10 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "HEAD":
             return
         left = answer.length if fault is None or fault.cut is None else min(fault.cut, answer.length)
-        since = time.monotonic()
         with answer.open() as body:
             while left:
-                step = min(SLOW if self.server.hub.throttle else FAST, left)
-                self.server.hub.pace(entry.sent + step, since)
+                step = min(self.server.hub.step, left)
+                self.server.hub.pace("out", step)
                 count = self.connection.sendfile(body, body.tell(), step)
                 left -= count
                 entry.sent += count

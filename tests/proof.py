@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,14 @@ from adaptertools.api import WriteReport
 from adaptertools.operations.select import select
 
 EPSILON = 2.0**-52
+
+_BASES = Path(__file__).parents[1] / "fixtures" / "base" / "of_format"
+
+
+def needed(name: str) -> dict[str, Any]:
+    """What any adapter needs to be written in a format: the base model that the fixtures have for it, if they do."""
+    base = _BASES / name.replace("-", "_")
+    return {"base": base} if base.is_dir() else {}
 
 
 def assert_diff_proves(before: Adapter, after: Adapter, *reports: WriteReport) -> None:
@@ -32,6 +41,13 @@ def assert_diff_proves(before: Adapter, after: Adapter, *reports: WriteReport) -
     assert found.distance <= error * size_of_factors(before)
     for weight in found.weights:
         assert weight.relative_distance <= error, weight
+
+
+def without_component(adapter: Adapter) -> Adapter:
+    """The adapter of a single model without that model's name, which some formats do not record and others ask for."""
+    if len({module.target.component for module in adapter.modules}) > 1:
+        return adapter
+    return adapter.map_modules(lambda module: replace(module, target=replace(module.target, component="")))
 
 
 def size_of_factors(adapter: Adapter) -> float:

@@ -25,7 +25,7 @@ LAYERS = (
     {"containers"},
     {"linalg"},
     {"dialects"},
-    {"formats", "operations", "merging"},
+    {"formats", "operations", "merging", "consumers"},
     {"hub", "destination"},
     {"api"},
     {"cli"},

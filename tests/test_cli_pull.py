@@ -12,6 +12,7 @@ import torch
 from conftest import Ran
 from hub_fixtures import XET
 from hub_server import HubServer
+from proof import needed
 
 import adaptertools
 from adaptertools import containers, formats
@@ -141,7 +142,7 @@ def test_what_is_written_in_any_format_comes_back_from_the_hub(
         place = tmp_path / container
         place.mkdir()
         file = "made" + containers.get(container).SUFFIX
-        written = adaptertools.write(plain, place / file, format=name, container=container).path
+        written = adaptertools.write(plain, place / file, format=name, container=container, **needed(name)).path
         hub.create_repo("org/made", files_of(place if written.is_file() else written))
         options = ["--allow-pickle"] if container == "torch" else []
         dst = tmp_path / f"{container}-dst"

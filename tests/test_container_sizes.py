@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from proof import needed
 from strategies import adapters
 from test_formats import COMBINATIONS
 
@@ -28,7 +29,7 @@ def on_disk(path: Path) -> int:
 @settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_the_size_of_a_container_is_known_before(container: str, tmp_path_factory: object, data: st.DataObject) -> None:
-    dtypes = cases.FLOATS if container in ("npz", "orbax") else cases.DTYPES
+    dtypes = cases.FLOATS if container in ("npz", "orbax", "gguf") else cases.DTYPES
     tensors = data.draw(cases.named_tensors(empty=container != "orbax", dtypes=dtypes))
     folder = tmp_path_factory.mktemp("sized")  # type: ignore[attr-defined]
     path = folder / "file"
@@ -58,7 +59,7 @@ def test_the_size_of_all_files_of_an_adapter_is_known_before_and_reported_after(
     dtype = data.draw(st.sampled_from((None, "bf16")))
     drop = [feature for feature in (Feature.DORA, Feature.LORA_BIAS) if data.draw(st.booleans())]
     dst = tmp_path / "out" if formats.get(name).FOLDER else tmp_path / "out.bin"
-    options = {"format": name, "container": container, "dtype": dtype, "drop": drop}
+    options = {"format": name, "container": container, "dtype": dtype, "drop": drop, **needed(name)}
     try:
         foreseen = adaptertools.stored_size(adapter, path=dst, **options)
         report = adaptertools.write(adapter, dst, overwrite=dst.exists(), **options)

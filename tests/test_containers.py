@@ -184,7 +184,6 @@ def test_a_container_is_told_by_content_and_not_by_suffix(container: str, tmp_pa
         b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR\x00\x00\x01\x00",
         b"\x89HDF\r\n\x1a\n",
         b"\x1f\x8b\x08\x00",
-        b"GGUF\x03\x00\x00\x00",
         b"\xff\xd8\xff\xe0\x00\x10JFIF",
         b"\x7fELF\x02\x01\x01",
         b"%PDF-1.7",

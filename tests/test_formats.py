@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from proof import assert_diff_proves, proven
+from proof import assert_diff_proves, needed, proven
 from strategies import adapters
 
 import adaptertools
@@ -85,7 +85,9 @@ def test_what_a_format_writes_it_reads_back(name: str, container: str, data: st.
     snapshot = {key: tensor.clone() for key, tensor in adapter.named_tensors.items()}
     dst = tmp_path / "out" if formats.get(name).FOLDER else tmp_path / "out.bin"
     try:
-        report = adaptertools.write(adapter, dst, format=name, container=container, overwrite=dst.exists())
+        report = adaptertools.write(
+            adapter, dst, format=name, container=container, overwrite=dst.exists(), **needed(name)
+        )
     except UnsupportedFeatureError:
         if adapter.features:  # some combinations, and PEFT's convolutions in loralib; never plain linear modules
             return
@@ -108,8 +110,8 @@ def test_an_adapter_is_the_same_in_every_two_formats_that_carry_it(
     adapter = data.draw(adapters(carried))
     paths = [tmp_path / name if formats.get(name).FOLDER else tmp_path / f"{name}.bin" for name in (one, other)]
     try:
-        first = adaptertools.write(adapter, paths[0], format=one, overwrite=paths[0].exists())
-        second = adaptertools.convert(paths[0], paths[1], to=other, overwrite=paths[1].exists())
+        first = adaptertools.write(adapter, paths[0], format=one, overwrite=paths[0].exists(), **needed(one))
+        second = adaptertools.convert(paths[0], paths[1], to=other, overwrite=paths[1].exists(), **needed(other))
     except UnsupportedFeatureError:
         if adapter.features:
             return
@@ -139,7 +141,7 @@ def test_a_conversion_that_changes_the_adapter_is_caught(plain: Adapter, tmp_pat
 @settings(max_examples=25, deadline=None)
 def test_tensors_in_memory_say_the_same_as_a_file(name: str, data: st.DataObject) -> None:
     adapter = data.draw(adapters())
-    tensors, config = adapter.to_state_dict(format=name)
+    tensors, config = adapter.to_state_dict(format=name, **needed(name))
     again = adaptertools.from_state_dict(tensors, config, format=name)
     one, other = delta_weights(adapter), delta_weights(again)
     assert one.keys() == other.keys()
@@ -157,7 +159,8 @@ def test_a_writer_refuses_by_name_what_it_cannot_carry(name: str, feature: Featu
         adaptertools.write(adapter, tmp_path / "out", format=name)
     assert not (tmp_path / "out").exists()
     if feature is not Feature.PARAMETER:
-        adaptertools.write(adapter, tmp_path / "out", format=name, drop=[feature.value, *other_drops(adapter, name)])
+        drop = [feature.value, *other_drops(adapter, name)]
+        adaptertools.write(adapter, tmp_path / "out", format=name, drop=drop, **needed(name))
         assert (tmp_path / "out").exists()
 
 

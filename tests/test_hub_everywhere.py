@@ -11,6 +11,7 @@ import pytest
 import torch
 from click import Argument
 from hub_server import HubServer
+from proof import needed
 
 import adaptertools
 from adaptertools import api, formats
@@ -328,7 +329,7 @@ def test_every_format_is_pushed_and_pulled_and_read_there(
 ) -> None:
     adapter = plain.map_modules(lambda module: module)
     single = "x" if formats.get(name).FOLDER else f"x{'.pt' if container == 'torch' else '.' + container}"
-    place = adaptertools.write(adapter, tmp_path / single, format=name, container=container).path
+    place = adaptertools.write(adapter, tmp_path / single, format=name, container=container, **needed(name)).path
     assert run("push", place, "me/new").code == 0
     pickled = container == "torch"
     if pickled:
@@ -350,7 +351,7 @@ def test_every_format_is_pushed_and_pulled_and_read_there(
 def test_every_format_is_written_to_the_hub(
     name: str, container: str, plain: Adapter, hub: HubServer, tmp_path: Path
 ) -> None:
-    report = adaptertools.write(plain, "hf://me/new", format=name, container=container)
+    report = adaptertools.write(plain, "hf://me/new", format=name, container=container, **needed(name))
     assert (report.container, report.commit) == (container, hub.head("me/new"))
     if container == "torch":
         with pytest.raises(UnsafeFileError, match="pickle"):

@@ -646,9 +646,11 @@ def test_a_peft_convolution_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_model_of_several_is_refused(tmp_path: Path) -> None:
-    module = replace(linear(), target=Target(parameter="q", component="unet"))
+    unet, text = (replace(linear(), target=Target(parameter="q", component=name)) for name in ("unet", "text_encoder"))
     with pytest.raises(UnsupportedFeatureError, match="unet"):
-        adaptertools.write(Adapter(modules=(module,)), tmp_path / "out.pt", format="loralib")
+        adaptertools.write(Adapter(modules=(unet, text)), tmp_path / "out.pt", format="loralib")
+    report = adaptertools.write(Adapter(modules=(unet,)), tmp_path / "out.pt", format="loralib")
+    assert "the adapter is for 'unet'; a loralib file does not record that" in report.notes
 
 
 def test_whole_weights_alone_are_refused(tmp_path: Path) -> None:

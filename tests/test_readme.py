@@ -98,16 +98,50 @@ def test_the_second_set_up_command_installs_with_test_and_runs_the_tests() -> No
     assert "pytest" in command
 
 
-def test_the_table_of_formats_says_what_the_code_says() -> None:
+def table_of_formats() -> dict[str, dict[str, str]]:
+    """The cells of each format's row, under the first word of their column's title."""
     section = re.search(r"^## Formats$(.*?)^## ", README, flags=re.MULTILINE | re.DOTALL)
     assert section
-    rows = re.findall(r"^\| `([a-z-]+)` \| ([^|]*) \| ([^|]*) \|", section[1], flags=re.MULTILINE)
-    table = {name: (containers.strip(), carries.strip()) for name, containers, carries in rows}
-    assert set(table) == set(formats.names())
-    for name, (containers, carries) in table.items():
+    header, _, *rows = re.findall(r"^\| (.*) \|$|^\|(-+)", section[1], flags=re.MULTILINE)
+    titles = [title.split()[0] for title in header[0].split(" | ")]
+    cells = [dict(zip(titles, row[0].split(" | "), strict=True)) for row in rows]
+    return {row["format"].strip("`"): row for row in cells}
+
+
+def test_the_table_of_formats_says_what_the_code_says() -> None:
+    table = table_of_formats()
+    assert tuple(table) == formats.names()
+    for name, row in table.items():
         module = formats.get(name)
-        assert tuple(containers.split(", ")) == module.CONTAINERS, name
-        assert set(carries.split(", ")) - {"–"} == {str(feature) for feature in module.CARRIES}, name
+        assert row["read"] == "yes", name
+        assert row["written"] == (", ".join(module.CONTAINERS) or "–"), name
+        assert set(row["carries"].split(", ")) - {"–"} == {str(feature) for feature in module.CARRIES}, name
+
+
+def with_its_neighbours(test: Path) -> str:
+    """The text of a test file, and of those beside it that it imports."""
+    text = test.read_text()
+    imported = set(re.findall(r"^\s*(?:from|import) (\w+)", text, flags=re.MULTILINE))
+    return "\n".join([text, *(path.read_text() for path in test.parent.glob("*.py") if path.stem in imported)])
+
+
+IMPORTED = {"google-tunix": "tunix", "llama-cpp-python": "llama_cpp", "lycoris-lora": "lycoris"}
+"""Packages that are imported under another name than their own."""
+
+
+@pytest.mark.parametrize("name", formats.names())
+def test_what_proves_a_format_is_run_by_a_test_at_the_version_that_readme_names(name: str) -> None:
+    lines = (ROOT / "tests" / "constraints.txt").read_text().splitlines()
+    pins = dict(line.lower().replace("_", "-").split("==") for line in lines if "==" in line)
+    proof = table_of_formats()[name]["proved"]
+    programs = re.findall(r"([a-z][\w-]*) (\d+\.[\w.]+)", proof)
+    tests = [with_its_neighbours(ROOT / "tests" / file) for file in re.findall(r"`(\w+\.py)`", proof)]
+    assert tests
+    assert programs or proof.startswith("no program")
+    for program, version in programs:
+        assert pins[program] == version
+        package = IMPORTED.get(program, program.replace("-", "_"))
+        assert any(re.search(rf"\b{package}\b", test) for test in tests), program
 
 
 def test_every_command_and_option_is_mentioned() -> None:
@@ -127,7 +161,8 @@ def test_alpha_stands_where_readme_says() -> None:
     assert "`convert` alone also takes it as `--alpha`" in README
 
 
-def test_the_extra_for_orbax_is_one_of_the_project() -> None:
+@pytest.mark.parametrize("extra", ["orbax", "gguf", "consumers"])
+def test_the_extras_of_readme_are_those_of_the_project(extra: str) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert "orbax" in project["optional-dependencies"]
-    assert 'pip install -c tests/constraints.txt -e ".[orbax]"' in README
+    assert extra in project["optional-dependencies"]
+    assert re.search(rf'pip install -c tests/constraints.txt -e "\.\[[\w,]*\b{extra}\b[\w,]*\]"', README)

@@ -1,5 +1,6 @@
 """One call each: read, write and convert adapters, for a path, an address on the Hub, or tensors in memory."""
 
+from adaptertools.api.checking import Check, Fixed, check, fix, fix_command, target_format, ways_out
 from adaptertools.api.conversion import convert
 from adaptertools.api.models import estimate, merge_into, plan_merge, verify_merge
 from adaptertools.api.places import Given, as_destination, localize, localize_all
@@ -18,13 +19,18 @@ from adaptertools.api.writing import (
 from adaptertools.hub.pull import pull
 
 __all__ = [
+    "Check",
+    "Fixed",
     "Given",
     "WriteReport",
     "as_destination",
+    "check",
     "check_there",
     "convert",
     "detect",
     "estimate",
+    "fix",
+    "fix_command",
     "from_state_dict",
     "give_up",
     "localize",
@@ -39,8 +45,10 @@ __all__ = [
     "read_options",
     "reads_with",
     "stored_size",
+    "target_format",
     "to_state_dict",
     "verify_merge",
+    "ways_out",
     "without",
     "write",
     "write_options",

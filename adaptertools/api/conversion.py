@@ -24,7 +24,7 @@ def convert(
 ) -> WriteReport:
     """Read an adapter and write it in another format; both places may be addresses on the Hub.
 
-    `only`, `exclude` and `rename` are those of `select`.
+    `only`, `exclude` and `rename` are those of `select`. A base model among `read_options` counts for writing too.
 
     Raises: AdapterToolsError
     """
@@ -33,7 +33,8 @@ def convert(
     chosen = select(adapter, only=only, exclude=exclude, rename=rename) if only or exclude or rename else adapter
     details = {"from": adapter.origin.format, "to": to}
     entry = HistoryEntry(operation="convert", source=adapter.origin.name, details=details)
-    report = write(chosen, dst, format=to, operation=entry, **write_options)
+    base = (read_options or {}).get("base")
+    report = write(chosen, dst, format=to, operation=entry, **{"base": base, **write_options})
     return replace(
         report,
         source_format=adapter.origin.format,

@@ -9,7 +9,7 @@ from torch import Tensor
 from adaptertools import formats
 from adaptertools.adapter import Adapter
 from adaptertools.api.places import Given, localize
-from adaptertools.containers.checkpoint import Checkpoint
+from adaptertools.containers.pipeline import Model, open_model
 from adaptertools.containers.source import Source
 from adaptertools.errors import OptionError
 
@@ -30,15 +30,15 @@ def read(
     `path` may be an address on the Hub: `org/name`, `org/name@revision`, `hf://org/name@revision/sub/folder`. What the
     format needs of it is downloaded to the shared cache; `revision` and `token` are for that. `format` is told by the
     content unless given. `alpha` is for files that cannot state it; `slots` for fused projections of loralib files;
-    `base` is a base model, here or on the Hub, whose headers settle names and shapes; `options` are those of the format
-    itself.
+    `base` is a base model, here or on the Hub, whose headers settle names and shapes, or a folder of several, as
+    diffusers stores a pipeline; `options` are those of the format itself.
 
     Memory: headers only, for safetensors, npz and torch files
     Raises: AdapterToolsError
     """
     source = Source(localize(path, revision=revision, token=token))
     name = format or formats.detect(source)
-    model = None if base is None else Checkpoint.open(localize(base, "model", token=token, headers=True))
+    model = None if base is None else open_base(base, name, token)
     given = {"alpha": alpha, "slots": slots, "base": model}
     return _read(source, name, {key: value for key, value in given.items() if value is not None}, options)
 
@@ -79,6 +79,15 @@ def oddities(path: Given, *, format: str, **options: Any) -> tuple[str, ...]:
     known = option_types(look, ())
     found: tuple[str, ...] = look(Source(localize(path)), **{key: options[key] for key in options if key in known})
     return found
+
+
+def open_base(base: Given, format: str, token: str | None = None) -> Model:
+    """A base model by its headers; by its config.json alone where the format asks for no more.
+
+    Raises: SourceNotFoundError, UnknownFormatError, HubError and the like
+    """
+    suffices = getattr(formats.get(format), "BASE_CONFIG_SUFFICES", False) or not reads_with(format, "base")
+    return open_model(localize(base, "model", token=token, headers=True), config_suffices=suffices)
 
 
 def read_options(format: str) -> dict[str, inspect.Parameter]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from adaptertools import formats
 from adaptertools.adapter import Adapter, HistoryEntry, expect_adapter, merge_notes, parse_feature
 from adaptertools.api.places import Given, as_destination
-from adaptertools.api.reading import option_types
+from adaptertools.api.reading import open_base, option_types
 from adaptertools.api.sending import container_there, place_there, send
 from adaptertools.containers.artifact import Artifact
 from adaptertools.destination import (
@@ -76,6 +76,7 @@ def write(
     overwrite: bool = False,
     allow_nonfinite: bool = False,
     operation: HistoryEntry | None = None,
+    base: Given | None = None,
     token: str | None = None,
     on_progress: Progress | None = None,
     **options: Any,
@@ -85,7 +86,8 @@ def write(
     `path` may be an address on the Hub, `hf://org/name[@branch][/sub/folder]`: the files become one commit there, with
     a model card; `token` is for that. `overwrite` replaces an adapter that stands there; older commits of the Hub keep
     it. `drop` names the features to give up where the format cannot carry them. `operation` is what made this adapter;
-    it enters the history together with the error that writing added.
+    it enters the history together with the error that writing added. `base` is the base model, here or on the Hub, for
+    formats whose names or layout depend on it.
 
     Memory: two tensors, beside the adapter itself
     Raises: UnsupportedFeatureError, NonFiniteError, DestinationExistsError, DestinationError
@@ -95,14 +97,14 @@ def write(
     dst = as_destination(path)
     if isinstance(dst, Address):
         how = {"container": container, "dtype": dtype, "drop": drop, "allow_nonfinite": allow_nonfinite, **options}
-        how |= {"format": format, "operation": operation, "on_progress": on_progress}
+        how |= {"format": format, "operation": operation, "base": base, "on_progress": on_progress}
         return _write_there(adapter, dst, overwrite, token, how)
     check_destination(dst, module, overwrite)
     check_beside(dst, module, adapter.origin)
     encoder = Encoder(_dtype(dtype), allow_nonfinite=allow_nonfinite)
     kept, given_up = without(adapter, drop), [kind for kind in drop if adapter.holders(parse_feature(kind))]
     container = container or default_container(module, dst)
-    artifact = _encode(kept, format, encoder, container=container, options=options)
+    artifact = _encode(kept, format, encoder, container=container, options=options, base=base, token=token)
     history = _history(kept, operation, format, given_up, encoder.losses)
     behind = left_behind(dst, module, adapter.origin) if adapter.origin and adapter.origin.format == format else []
     unheld = [f"nothing to drop: the adapter holds no {kind}" for kind in drop if kind not in given_up]
@@ -132,7 +134,7 @@ def _write_there(
     made: list[WriteReport] = []
 
     def make(place: Path) -> None:
-        made.append(write(adapter, place, **how))
+        made.append(write(adapter, place, token=token, **how))
 
     done = adapter.history[-1].operation if adapter.history else "write"
     operation = how["operation"].operation if how["operation"] else done
@@ -148,18 +150,25 @@ def _write_there(
 
 
 def to_state_dict(
-    adapter: Adapter, *, format: str, dtype: str | torch.dtype | None = None, drop: Collection[str] = (), **options: Any
+    adapter: Adapter,
+    *,
+    format: str,
+    dtype: str | torch.dtype | None = None,
+    drop: Collection[str] = (),
+    base: Given | None = None,
+    **options: Any,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the configuration that the format would write.
+    """The tensors and the configuration that the format would write; for files without one, the strings of the header.
 
     Memory: every tensor
     Raises: UnsupportedFeatureError if the format cannot carry the adapter
     """
     module = formats.get(format)
     encoder = Encoder(_dtype(dtype))
-    artifact = _encode(without(adapter, drop), format, encoder, container=None, options=options)
+    artifact = _encode(without(adapter, drop), format, encoder, container=None, options=options, base=base)
     tensors = {name: materialize(tensor) for name, tensor in artifact.tensors.items()}
-    return tensors, dict(artifact.documents.get(module.CONFIG, {}))
+    header = dict(artifact.metadata) | dict(artifact.hashes() if artifact.hashes else {})
+    return tensors, dict(artifact.documents.get(module.CONFIG, header if not module.FOLDER else {}))
 
 
 def stored_size(
@@ -170,6 +179,8 @@ def stored_size(
     dtype: str | torch.dtype | None = None,
     drop: Collection[str] = (),
     path: Given | None = None,
+    base: Given | None = None,
+    token: str | None = None,
     **options: Any,
 ) -> int:
     """How many bytes all files take that `write` makes of the adapter; the options are those of `write`.
@@ -186,7 +197,7 @@ def stored_size(
     dst = given if isinstance(given, Path) else None
     container = container or default_container(module, dst or Path())
     encoder = Encoder(_dtype(dtype), allow_nonfinite=True)
-    artifact = _encode(kept, format, encoder, container=container, options=options)
+    artifact = _encode(kept, format, encoder, container=container, options=options, base=base, token=token)
     history = _history(kept, None, format, given_up, encoder.losses)
     return foreseen_size(artifact, module, container, dst, history)
 
@@ -217,23 +228,33 @@ def give_up(adapter: Adapter, drop: Collection[str]) -> tuple[Adapter, tuple[str
 
 def write_options(format: str) -> dict[str, inspect.Parameter]:
     """The options of a format's writer that are its own."""
-    return option_types(formats.get(format).write, ("container",))
+    return option_types(formats.get(format).write, ("container", "base"))
 
 
 def _encode(
-    adapter: Adapter, name: str, encoder: Encoder, *, container: str | None, options: Mapping[str, Any]
+    adapter: Adapter,
+    name: str,
+    encoder: Encoder,
+    *,
+    container: str | None,
+    options: Mapping[str, Any],
+    base: Given | None = None,
+    token: str | None = None,
 ) -> Artifact:
     module = formats.get(name)
     if not module.CONTAINERS:
-        raise OptionError(f"{name} can be read, not written")
+        raise OptionError(f"{name} can be read, not written: convert it to another format first (convert SRC DST --to)")
     if container is not None and container not in module.CONTAINERS:
         raise OptionError(f"{name} is written as {', '.join(module.CONTAINERS)}, not as {container}")
-    accepted = option_types(module.write, ("container",))
+    accepted = write_options(name)
     for key in options:
         if key not in accepted:
             raise OptionError(f"writing {name} takes no {key!r}; it takes {', '.join(accepted) or 'no option'}")
     formats.check_features(adapter, name)
-    return module.write(adapter, encoder, container=container or module.CONTAINERS[0], **options)
+    given = dict(options)
+    if base is not None and "base" in option_types(module.write, ()):
+        given["base"] = open_base(base, name, token)
+    return module.write(adapter, encoder, container=container or module.CONTAINERS[0], **given)
 
 
 def _history(

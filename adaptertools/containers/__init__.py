@@ -8,12 +8,24 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
-from adaptertools.containers import msgpack, npz, orbax, safetensors, torchfile
+from adaptertools.containers import gguf, msgpack, npz, orbax, safetensors, torchfile
 from adaptertools.containers.tensorfile import TensorFile, read_head, reading
 from adaptertools.errors import OptionError, SourceNotFoundError, UnknownFormatError
 from adaptertools.tensors import NamedTensors
 
-__all__ = ["CONTAINERS", "Container", "get", "identify", "msgpack", "npz", "orbax", "read", "safetensors", "torchfile"]
+__all__ = [
+    "CONTAINERS",
+    "Container",
+    "get",
+    "gguf",
+    "identify",
+    "msgpack",
+    "npz",
+    "orbax",
+    "read",
+    "safetensors",
+    "torchfile",
+]
 
 
 class Container(Protocol):
@@ -33,7 +45,7 @@ class Container(Protocol):
     def size(self, tensors: NamedTensors, metadata: Mapping[str, str]) -> int: ...
 
 
-_MODULES: tuple[Container, ...] = (safetensors, npz, torchfile, orbax, msgpack)
+_MODULES: tuple[Container, ...] = (safetensors, gguf, npz, torchfile, orbax, msgpack)
 """In the order of their certainty: msgpack has no magic bytes and comes last."""
 
 CONTAINERS: Mapping[str, Container] = {module.NAME: module for module in _MODULES}

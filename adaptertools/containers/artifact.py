@@ -1,6 +1,6 @@
 """What a format hands over to be stored."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,8 @@ class Artifact:
     `stem` is the tensor file's name in a folder, without the container's suffix; it has no meaning for formats that are
     one file. `documents` are keyed by file name, or by what is added to the file's name. `sidecar` is the key of the
     document that carries the history where the container has no header for it. `notes` say what the user has to know
-    to use the result.
+    to use the result. `hashes` computes entries of `metadata` from all tensors when the file is written; until then
+    something of the same length stands there.
     """
 
     tensors: NamedTensors
@@ -23,3 +24,4 @@ class Artifact:
     documents: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     sidecar: str
     notes: tuple[str, ...] = ()
+    hashes: Callable[[], Mapping[str, str]] | None = None

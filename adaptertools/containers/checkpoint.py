@@ -86,6 +86,16 @@ class Checkpoint:
             return cls._open(opened)
 
     @classmethod
+    def of_config(cls, given: Located) -> Self:
+        """A model of which only the configuration is at hand: a folder with a config.json, or that file. No shapes.
+
+        Raises: DamagedFileError
+        """
+        path = given.path / CONFIG if given.path.is_dir() else given.path
+        with given.naming():
+            return cls(shapes={}, dtypes={}, config=read_json(path), label=given.label, opened=given)
+
+    @classmethod
     def _open(cls, opened: Located) -> Self:
         path = opened.path
         if not path.exists():

@@ -1,4 +1,4 @@
-"""The operations that made an adapter, as they stand on disk: in a safetensors header, else in the format's sidecar."""
+"""The operations that made an adapter, as they stand on disk: in the header of safetensors or GGUF, else a sidecar."""
 
 import json
 from collections.abc import Mapping
@@ -9,10 +9,12 @@ from adaptertools.containers.jsonfile import parse_object
 from adaptertools.errors import DamagedFileError
 
 HEADER_KEY = "adaptertools"
+IN_HEADER = ("safetensors", "gguf")
+"""The containers whose header has room for it."""
 
 
 def header_strings(history: list[dict[str, Any]], metadata: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The history as header metadata of a safetensors file, beside what a format says in the same entry."""
+    """The history as header metadata, beside what a format says in the same entry."""
     said = parse_object(HEADER_KEY, (metadata or {}).get(HEADER_KEY, "{}"))
     return {HEADER_KEY: json.dumps({**said, "history": history}, sort_keys=True)}
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from adaptertools import containers
 from adaptertools.containers.jsonfile import read_json
 from adaptertools.containers.tensorfile import TensorFile, reading
+from adaptertools.containers.yamlfile import read_yaml
 from adaptertools.errors import AdapterToolsError, EmptyFileError, OptionError, SourceNotFoundError
 
 _MEMORY = "memory"
@@ -198,7 +199,7 @@ class Source:
         return self._tensors[name]
 
     def document(self, name: str) -> dict[str, Any] | None:
-        """A JSON document beside the tensors, or None if there is none.
+        """A JSON document beside the tensors, or a YAML one by its suffix; None if there is none.
 
         Raises: DamagedFileError
         """
@@ -210,7 +211,7 @@ class Source:
         if self.root is None or self.place is None or not (self.root / name).is_file():
             return None
         with self.place.naming():
-            return read_json(self.root / name)
+            return read_yaml(self.root / name) if name.endswith(".yaml") else read_json(self.root / name)
 
     def label_of(self, name: str) -> str:
         """What messages call a file that stands in it."""

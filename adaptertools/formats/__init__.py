@@ -12,9 +12,10 @@ A format module says what it is in these names:
     read(source, *, options) -> Adapter
     write(adapter, encoder, *, container, options) -> Artifact
     oddities(source, *, options) -> tuple[str, ...]    only where values beside the adapter's own are worth a look
+    BASE_CONFIG_SUFFICES = True    only where a base may be its config.json alone, without weights
 
-The keyword-only parameters of `read` and `write` are the format's options on the command line. `alpha`, `slots` and
-`base`, where `read` has them, are given by `--source-alpha`, `--slots` and `--base`.
+The keyword-only parameters of `read` and `write` are the format's options on the command line. `alpha` and `slots`,
+where `read` has them, and `base`, where `read` or `write` has it, are `--source-alpha`, `--slots` and `--base`.
 """
 
 import importlib

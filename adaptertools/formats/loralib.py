@@ -84,6 +84,7 @@ FOLDER = False
 CONFIG = sidecar.SUFFIX
 FILES = (f"*{sidecar.SUFFIX}",)
 CARRIES = frozenset({Feature.CONV, Feature.EMBEDDING, Feature.FUSED_ROWS, Feature.FULL_WEIGHTS, Feature.BIAS})
+BASE_CONFIG_SUFFICES = True
 
 OwnWeights = Literal["drop", "unmerged", "merged"]
 
@@ -280,7 +281,7 @@ def write(adapter: Adapter, encoder: Encoder, *, container: str) -> Artifact:
         metadata={"format": "pt", _HEADER_KEY: json.dumps(record, sort_keys=True)} if in_header else {},
         documents={} if in_header else {CONFIG: record},
         sidecar=CONFIG,
-        notes=building_notes(described),
+        notes=(*_component_notes(adapter), *building_notes(described)),
     )
 
 
@@ -288,13 +289,19 @@ def _layers(adapter: Adapter) -> dict[str, list[LoraModule]]:
     if not adapter.modules:
         raise UnsupportedFeatureError("the adapter holds whole weights alone, and a loralib file has factors")
     layers: dict[str, list[LoraModule]] = {}
+    several = len({module.target.component for module in adapter.modules}) > 1
     for module in adapter.modules:
-        if module.target.component or module.target.opaque:
+        if several or module.target.opaque:
             raise UnsupportedFeatureError(
                 f"{module.target}: a loralib file is the state dict of one model, by the names of its layers"
             )
         layers.setdefault(module.target.parameter, []).append(module)
     return layers
+
+
+def _component_notes(adapter: Adapter) -> tuple[str, ...]:
+    component = adapter.modules[0].target.component
+    return (f"the adapter is for {component!r}; a loralib file does not record that",) if component else ()
 
 
 def _joined(parts: list[Deferred]) -> Deferred:

@@ -20,6 +20,10 @@ Keys are `base_model.model.` + module path + one of
     .base_layer.weight (V, d)                                                       embeddings saved along
     .token_adapter.trainable_tokens_delta  (n, d), rows that replace                trainable_token_indices
 
+What FSDP, torch.compile and activation checkpointing insert into keys goes, and so does the adapter's name. Sharded
+checkpoints of FSDP and DeepSpeed, and Tinker's own tensors, are refused with what makes an adapter of them:
+peft/leftovers.py.
+
 Scaling is lora_alpha / r, or lora_alpha / √r with use_rslora. Rank and alpha are the module's own: alpha_pattern is a
 map of regular expressions, of which the first in the file that matches `^(.*\\.)?(KEY)$` counts; ranks are those of
 the tensors. ΔW = s · B A, transposed where the base weight is stored (in, out). With
@@ -49,6 +53,7 @@ from adaptertools.dialects.peft.experts import parameter_groups, read_parameters
 from adaptertools.dialects.peft.factors import layers
 from adaptertools.dialects.peft.keys import MAGNITUDE, Contents, Group
 from adaptertools.dialects.peft.layout import Layout, arrange
+from adaptertools.dialects.peft.leftovers import is_unread_checkpoint, refuse_foreign_tensors, settle_base
 from adaptertools.dialects.peft.modules import OUT_PROJ, Reading, read_attention, read_module
 from adaptertools.dialects.peft.patterns import anchored
 from adaptertools.dialects.peft.weights import read_full_weights, read_row_weights, tied_copies
@@ -60,6 +65,8 @@ from adaptertools.dialects.peft.write import (
     tied_tensors,
     weight_tensors,
 )
+from adaptertools.dialects.torchtune import keys as torchtune_keys
+from adaptertools.dialects.torchtune.beside import export_notes
 from adaptertools.encoding import Encoder
 from adaptertools.errors import ConfigError, OptionError, UnknownFormatError, UnsupportedFeatureError
 from adaptertools.module import LoraModule, ScaleRule
@@ -72,6 +79,7 @@ FOLDER = True
 CONFIG = peft_config.FILE
 FILES = peft_files.PATTERNS
 CARRIES = frozenset(Feature)
+BASE_CONFIG_SUFFICES = True
 
 _READ_FROM = ("safetensors", "torch", "memory")
 
@@ -81,15 +89,17 @@ def detect(source: Source) -> bool:
         if peft_files.adapter_folders(source):
             return True
         if peft_files.is_adapter_folder(source):  # without weights it is ours only where no other tensors stand there
-            return bool(peft_files.weight_files(source)) or not source.tensor_names
-        if source.document(CONFIG) is not None:
+            found = bool(peft_files.weight_files(source)) or not source.tensor_names
+            return found or is_unread_checkpoint(source)
+        if source.document(CONFIG) is not None and not peft_files.lacks_type(source):
             return False  # of MLX, AdapterHub and others, which use the same name
     names = [name for files in peft_files.weight_files(source)[:1] for name in files]
     if names and names[0].startswith(f"{peft_files.STEM}.") and peft_files.is_adapter_folder(source):
-        return True
-    return any(
-        source.container(name) in _READ_FROM and any(peft_keys.is_peft_key(key) for key in source.tensors(name).tensors)
-        for name in names[:1]
+        return not torchtune_keys.adapter_files(source)
+    if not names:
+        return is_unread_checkpoint(source)
+    return source.container(names[0]) in _READ_FROM and any(
+        map(peft_keys.is_peft_key, source.tensors(names[0]).tensors)
     )
 
 
@@ -110,7 +120,9 @@ def read(
     Raises: NotLoraError for other methods, ConfigError, MissingAlphaError, AmbiguousFormatError, UnclaimedTensorError
     """
     found, chosen = peft_files.open_adapter(source, adapter_name)
+    refuse_foreign_tensors(found.tensors, source.label)
     config = peft_config.parse(found.source.document(CONFIG), found.config_label, alpha)
+    bases = {"": settle_base(config, found.source)}
     contents = peft_keys.parse(found.tensors, source.label, None if chosen else adapter_name)
     if not config.stated and not contents.groups and not contents.tokens:
         raise UnknownFormatError(
@@ -129,11 +141,13 @@ def read(
         modules=tuple(sorted(modules, key=lambda module: natural_order(str(module.target)))),
         full_weights=full_weights,
         row_weights=row_weights,
-        bases={"": config.base},
+        bases=bases,
         invocation_tokens=config.invocation_tokens,
         history=read_history(found.metadata, found.source.document(peft_files.SIDECAR)),
         metadata={"peft": metadata},
-        notes=merge_notes(found.notes, contents.notes, config.notes, reading.base.notes(modules)),
+        notes=merge_notes(
+            found.notes, contents.notes, config.notes, reading.base.notes(modules), export_notes(found.source)
+        ),
         origin=Origin(format="peft", container=found.container, label=source.label, path=source.path, name=source.name),
     )
 

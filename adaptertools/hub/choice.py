@@ -12,7 +12,7 @@ from adaptertools.errors import AmbiguousFormatError, HubNotFoundError, UnknownF
 from adaptertools.hub.revision import Revision
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-TENSORS = (".safetensors", ".msgpack", ".npz", *PICKLES)
+TENSORS = (".safetensors", ".msgpack", ".npz", ".gguf", *PICKLES)
 _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model"
 _ORBAX = "_METADATA"
@@ -85,8 +85,8 @@ def _adapter(revision: Revision) -> Choice | None:
 def _in_folder(revision: Revision, folder: str) -> Choice | None:
     """An adapter whose format keeps it in a folder of its own, by the names that it gives its files."""
     names = directly(revision, folder)
-    if _CONFIG in names or _weights(names):
-        weights = _weights(names)
+    weights = [*_weights(names), *_mlx_weights(names)]
+    if _CONFIG in names or weights:
         if not weights:
             return None
         wanted = [name for name in names if name in (_CONFIG, formats_sidecar()) or name in weights]
@@ -111,6 +111,13 @@ def _weights(names: Collection[str]) -> list[str]:
         if shards:
             return [*shards, *(name for name in names if name == f"{_WEIGHTS}.{suffix}.index.json")]
     return []
+
+
+def _mlx_weights(names: Collection[str]) -> list[str]:
+    """The last weights of an MLX adapter; the checkpoints of its run count for nothing beside them."""
+    from adaptertools.dialects.mlx.files import WEIGHTS
+
+    return [name for name in WEIGHTS if name in names][:1]
 
 
 def _flax(names: Collection[str], revision: Revision, folder: str) -> tuple[str, ...]:

@@ -46,7 +46,7 @@ _OF_TRAINING = (
 _SECOND = ("adapter_model*.bin", "adapter_model*.bin.index.json", "pytorch_model*.bin", "pytorch_model*.bin.index.json")
 _SECRET = re.compile(rb"\bhf_[A-Za-z0-9]{30,}")
 _MOST_TEXT = 1 << 20
-_TENSORS = (".safetensors", ".bin", ".pt", ".pth", ".msgpack", ".npz")
+_TENSORS = (".safetensors", ".bin", ".pt", ".pth", ".msgpack", ".npz", ".gguf")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

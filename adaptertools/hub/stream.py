@@ -170,7 +170,9 @@ def _above(path: Path, at: str) -> Path:
 
 
 class HubRoute(Route):
-    """The way of a merge with the Hub at one of its ends, or at both."""
+    """The way of a merge with the Hub at one of its ends, or at both: one file after the other comes and goes."""
+
+    at_once = 1
 
     def __init__(
         self, plan: MergePlan, incoming: Incoming | None, outgoing: Outgoing | None, *, low_disk: bool

@@ -22,10 +22,12 @@ class HaltedError(Exception):
 class Route:
     """From a folder on this machine to a folder on this machine. What brings or sends files does more than this one.
 
-    `gradual` says that room for the files of the result is taken one by one, when their turn comes.
+    `gradual` says that room for the files of the result is taken one by one, when their turn comes. `at_once` files are
+    in the making together: systems let one writer at a time into a file, but a run that is killed loses all of them.
     """
 
     gradual = False
+    at_once = 4
 
     def stamps(self, plan: MergePlan) -> list[list[Any]]:
         """What the base's files are known by from one run to the next.

@@ -42,9 +42,6 @@ Progress = Callable[[int, int], None]
 
 _SECONDS_BETWEEN_REPORTS = 0.1
 
-_FILES_AT_ONCE = 4
-"""How many files are in the making: systems let one writer at a time into a file, and a killed run loses them all."""
-
 
 def run_merge(
     plan: MergePlan,
@@ -145,8 +142,7 @@ def _make(
     outputs = [Output(plan, layout, staging, sources, crew.device) for layout in rest]
     try:
         route.begin(staging, [layout for layout in layouts if layout not in rest], sources.in_order)
-        at_once = 1 if route.gradual else _FILES_AT_ONCE
-        _work(crew, _in_turn([output.tasks() for output in outputs], at_once), meter, route)
+        _work(crew, _in_turn([output.tasks() for output in outputs], route.at_once), meter, route)
         route.settle(meter.tell)
     finally:
         route.halt()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from adaptertools.adapter import Adapter, Base, LoraModule, RowWeights, expect_adapter
+from adaptertools.dialects.diffusers import flux
 from adaptertools.errors import OptionError
 from adaptertools.linalg import delta_norm
 from adaptertools.operations.agree import model_name
@@ -43,9 +44,9 @@ def diff(
     """How far B is from A: the relative Frobenius distance of their delta weights, and whatever else differs.
 
     Of the factors only their product counts: ranks, alphas, dtypes, formats, order and gauge may differ, and the slots
-    of a fused projection may meet the whole of it. Distances come from QR factorisations of the stacked factors in
-    float64 and are right down to its last bits. Modules that are equal bit for bit are not computed with; `norms`
-    measures them even if nothing needs it.
+    of a fused projection may meet the whole of it, as diffusers' names of Flux's layers meet the published ones.
+    Distances come from QR factorisations of the stacked factors in float64 and are right down to its last bits. Modules
+    that are equal bit for bit are not computed with; `norms` measures them even if nothing needs it.
 
     DoRA's magnitude is compared beside the direction, and the bias of a module times its scaling. Names and revisions
     of base models are compared where both are known; a difference is noted and does not count.
@@ -83,13 +84,23 @@ def diff(
 
 def _tasks(a: Adapter, b: Adapter) -> Iterator[Callable[[], _Found]]:
     """One for each parameter and for each stored weight: those of A in its order, then what is only in B."""
-    ours, theirs = by_parameter(a), by_parameter(b)
+    one, other = flux.comparable(*_of_one_model(a.modules, b.modules))
+    ours, theirs = by_parameter(replace(a, modules=one)), by_parameter(replace(b, modules=other))
     for parameter in dict.fromkeys((*ours, *theirs)):
         yield partial(_compare_parameter, ours.get(parameter, ()), theirs.get(parameter, ()))
     for name in dict.fromkeys((*a.full_weights, *b.full_weights)):
         yield partial(_compare_full_weight, name, a, b)
     for name in dict.fromkeys((*a.row_weights, *b.row_weights)):
         yield partial(_compare_token_rows, name, a.row_weights.get(name), b.row_weights.get(name))
+
+
+def _of_one_model(*adapters: Sequence[LoraModule]) -> Sequence[Sequence[LoraModule]]:
+    """The modules of each adapter; where one names no model and the other a single one, as modules of that."""
+    homes = [{module.target.component for module in modules} for modules in adapters]
+    if any(len(found) != 1 for found in homes) or {""} not in homes:
+        return adapters
+    home = max(set().union(*homes))
+    return [[replace(m, target=replace(m.target, component=home)) for m in modules] for modules in adapters]
 
 
 def _compare_full_weight(name: str, a: Adapter, b: Adapter) -> _Found:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from adaptertools.containers.source import Source
 from adaptertools.containers.tensorfile import TensorFile
+from adaptertools.dialects.litgpt import keys as litgpt_keys
 from adaptertools.errors import (
     AdapterToolsError,
     AmbiguousFormatError,
@@ -93,6 +94,8 @@ def is_adapter(file: TensorFile) -> bool:
     names = [_unwrapped(name) for name in file.tensors]
     if any(_PEFT_KEY.fullmatch(name) for name in names):  # AdaLoRA of PEFT has bare factors too
         return False
+    if any(map(litgpt_keys.is_own, names)):
+        return False
     return any(_FACTOR.fullmatch(name) for name in names) and relative(names) is None
 
 
@@ -114,7 +117,7 @@ def sort_keys(file: TensorFile, *, keep_names: bool) -> Keys:
     if known is not None:
         raise UnknownFormatError(
             f"{file.label}: these are factors of {known}, which names them as loralib does but means other things; "
-            f"{known} adapters are not read"
+            f"{'the format litgpt reads them' if known == 'LitGPT' else f'{known} adapters are not read'}"
         )
     factors: dict[str, dict[str, Tensor]] = {}
     weights: dict[str, Tensor] = {}

@@ -41,7 +41,7 @@ class BaseModel:
         text = config.get("text_config")
         kinds = [part.get("model_type") for part in (config, text) if isinstance(part, Mapping)]
         self.model_types = frozenset(str(kind) for kind in kinds if kind)
-        self.known = checkpoint is not None
+        self.known = bool(self._shapes)
         self._by_leaf: dict[str, list[str]] = {}
         for name in self._shapes:
             self._by_leaf.setdefault(".".join(name.split(".")[-2:]), []).append(name)

@@ -230,8 +230,8 @@ def _check_type(raw: Mapping[str, Any], label: str) -> None:
     kind = raw.get("peft_type")
     if kind is None:
         raise ConfigError(
-            f"{label}: no peft_type, so it was not written by PEFT. MLX and AdapterHub use the same file name; "
-            "say which format it is with --from"
+            f"{label}: no peft_type, so it was not written by PEFT. MLX and AdapterHub use the same file name; say "
+            "which format it is with --from. tinker_cookbook.weights.build_lora_adapter makes PEFT's of Tinker's"
         )
     if kind != "LORA":
         raise NotLoraError(f"{label}: the adapter is of type {kind!r:.40}, which is another method than LoRA")

@@ -162,7 +162,7 @@ def _join_rows(members: Sequence[LoraModule], encoder: Encoder, rule: ScaleRule)
             raise UnsupportedFeatureError(
                 f"{name}: its slices take {module.in_features} and {first.in_features} inputs"
             )
-        place = next((i for i, seen in enumerate(distinct) if _same_tensor(seen, module.lora_A)), None)
+        place = next((i for i, seen in enumerate(distinct) if same_tensor(seen, module.lora_A)), None)
         if place is None:
             place = len(distinct)
             distinct.append(module.lora_A)
@@ -229,7 +229,8 @@ def _join_vectors(layer: Layer, members: Sequence[LoraModule], total: int, encod
         layer.extra["magnitude"] = combine(kept, (total,), lambda ts: place(ts, with_magnitude))
 
 
-def _same_tensor(one: Tensor, other: Tensor) -> bool:
+def same_tensor(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same stretch of memory, read alike."""
     views = ((tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) for tensor in (one, other))
     return one is other or len(set(views)) == 1
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from adaptertools.containers.source import Source
 from adaptertools.dialects.peft import config as peft_config
+from adaptertools.dialects.peft.leftovers import refuse_unread_checkpoint
 from adaptertools.errors import (
     AdapterToolsError,
     AmbiguousFormatError,
@@ -36,6 +37,12 @@ PATTERNS = (
 _SUFFIXES = ("safetensors", "bin")
 """In the order in which PEFT prefers them."""
 
+_PISSA_CONVERTED = "pissa_converted"
+_PISSA = (
+    "pissa_converted in it is the same adapter for the published base weights, as LLaMA-Factory converted it; the one "
+    "that is read belongs to the base weights that PiSSA changed"
+)
+
 _SHARD = re.compile(rf"{STEM}-(\d+)-of-(\d+)\.(safetensors|bin)")
 
 
@@ -62,6 +69,7 @@ def open_adapter(source: Source, adapter_name: str | None) -> tuple[Found, bool]
     home, notes, chosen = _settle_folder(source, adapter_name)
     variants = weight_files(home)
     if not variants:
+        refuse_unread_checkpoint(home)
         raise SourceNotFoundError(
             f"{home.label}: no {STEM}.safetensors and no {STEM}.bin. The download is not whole, or the adapter was "
             "saved without its weights"
@@ -130,6 +138,12 @@ def is_adapter_folder(source: Source) -> bool:
     return document is not None and document.get("peft_type") is not None
 
 
+def lacks_type(source: Source) -> bool:
+    """Whether a folder has a configuration that is PEFT's but for its type, as Tinker writes it."""
+    document = source.document(peft_config.FILE) or {}
+    return "peft_type" not in document and {"r", "lora_alpha"} <= document.keys()
+
+
 def adapter_folders(source: Source) -> list[str]:
     """The sub-folders that hold an adapter each. One with a damaged configuration counts: reading it will say so."""
     return [name for name in source.folders if _may_be_adapter(source.sub(name))]
@@ -151,7 +165,7 @@ def _settle_folder(source: Source, adapter_name: str | None) -> tuple[Source, tu
         return source.sub(adapter_name), (), True
     if source.document(peft_config.FILE) is not None or weight_files(source):
         others = f"{source.label} also holds the adapters {', '.join(below)}; a name behind the path picks one"
-        return source, (others,) if below else (), False
+        return source, (_PISSA,) if _PISSA_CONVERTED in below else (others,) if below else (), False
     if len(below) > 1:
         example = f"{source.label}/{below[0]}"
         raise AmbiguousFormatError(f"{source.label} holds the adapters {', '.join(below)}. Name one: {example}")

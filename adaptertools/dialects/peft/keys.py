@@ -108,10 +108,7 @@ def parse(tensors: Mapping[str, Tensor], label: str, adapter_name: str | None) -
 
 def strip(key: str) -> str:
     """The key without what saving loops, wrappers and PEFT put in front of the module path."""
-    first, _, rest = key.partition("/")
-    while rest and first in names.STATE_DICT_KEYS:
-        key = rest
-        first, _, rest = key.partition("/")
+    key = names.strip_state_dict(key)
     while True:
         name = names.strip_prefix(names.strip_wrappers(key), PREFIX)
         outer, inside, inner = name.partition(f".{PREFIX}")
@@ -124,7 +121,12 @@ def strip(key: str) -> str:
 
 def is_peft_key(key: str) -> bool:
     """Whether only PEFT writes such a key."""
-    return PREFIX in key and any(f".{leaf}" in key for leaf in _LEAVES)
+    return _is_prefixed(key) and any(f".{leaf}" in key for leaf in _LEAVES)
+
+
+def _is_prefixed(key: str) -> bool:
+    """Whether PEFT's prefix stands in it, which FSDP and torch.compile may take apart."""
+    return PREFIX in key or PREFIX in names.strip_wrappers(key)
 
 
 def without_base_layer(path: str) -> str:
@@ -195,7 +197,7 @@ def _put(home: dict[str, Tensor], name: str, tensor: Tensor, key: str, label: st
 
 
 def _prefix_notes(bare: Mapping[str, str], label: str) -> list[str]:
-    without = [key for key in bare if PREFIX not in key]
+    without = [key for key in bare if not _is_prefixed(key)]
     if without and len(without) < len(bare):
         raise UnclaimedTensorError(
             f"{label}: {without[0]} has no {PREFIX!r} in front, unlike the other tensors; it belongs to no module"

@@ -11,6 +11,7 @@ from torch import Tensor
 from adaptertools.dialects.peft.base import BaseModel
 from adaptertools.dialects.peft.config import PeftConfig
 from adaptertools.dialects.peft.keys import MAGNITUDE, Group
+from adaptertools.dialects.peft.leftovers import check_gathered
 from adaptertools.errors import ConfigError, ShapeError, UnpairedFactorError, UnsupportedFeatureError
 from adaptertools.module import Kind, LoraModule, RowSlice, ScaleRule, Target
 
@@ -56,6 +57,8 @@ def read_module(group: Group, reading: Reading) -> list[LoraModule]:
     Raises: AdapterError and UnsupportedFeatureError, each naming the module
     """
     config, path = reading.config, group.module_path
+    for leaf in group.tensors.keys() & {MAGNITUDE, "lora_bias"}:
+        check_gathered(f"{path}.{leaf}", group.tensors[leaf])
     lora_A, lora_B = paired(group, config.label)
     alpha = config.alpha_of(path)
     module: LoraModule

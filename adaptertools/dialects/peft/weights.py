@@ -8,7 +8,8 @@ from torch import Tensor
 from adaptertools.adapter import FullWeight, RowWeights, WeightRole
 from adaptertools.dialects.peft.config import PeftConfig
 from adaptertools.dialects.peft.keys import Contents, Group, without_base_layer
-from adaptertools.errors import ConfigError, EmptyFactorError, ShapeError
+from adaptertools.dialects.peft.leftovers import check_gathered
+from adaptertools.errors import ConfigError, ShapeError
 from adaptertools.names import leaf, parent
 
 
@@ -48,6 +49,7 @@ def read_row_weights(contents: Contents, config: PeftConfig) -> dict[str, RowWei
     found = {}
     for path, rows in contents.tokens.items():
         module = without_base_layer(path)
+        check_gathered(f"{module} (trained token rows)", rows)
         indices = _token_indices(module, config)
         if rows.ndim != 2 or len(indices) != rows.shape[0]:
             raise ShapeError(
@@ -85,12 +87,7 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 
 def _whole(name: str, tensor: Tensor, role: WeightRole) -> FullWeight:
-    if tensor.numel() == 0:
-        raise EmptyFactorError(
-            f"{name} has shape {tuple(tensor.shape)}. DeepSpeed ZeRO-3 saves such empty shards when the parameters "
-            "were not gathered: save again with zero_to_fp32.py or stage3_gather_16bit_weights_on_model_save"
-        )
-    return FullWeight(weight=tensor, role=role)
+    return FullWeight(weight=check_gathered(name, tensor), role=role)
 
 
 def _role(stored: str, name: str, plain: Mapping[str, Tensor], config: PeftConfig) -> WeightRole | None:

@@ -1,0 +1,192 @@
+"""One consumer in one version, and the base model that is at hand: what `check` and `fix` ask about adapters."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from adaptertools import consumers
+from adaptertools.adapter import Adapter, Feature, LoraModule, Target
+from adaptertools.api.places import Given, localize
+from adaptertools.consumers.judge import Finding, judge
+from adaptertools.consumers.layers import absent, stand_in
+from adaptertools.consumers.rule import Consumer
+from adaptertools.consumers.subject import Subject
+from adaptertools.containers.checkpoint import Checkpoint
+from adaptertools.containers.pipeline import Model, Pipeline, open_model
+from adaptertools.containers.source import Source
+from adaptertools.dialects.peft import files as peft_files
+from adaptertools.errors import MatchError, UnsupportedFeatureError
+from adaptertools.merging.match import Names
+from adaptertools.operations.plain import Plain, plain
+
+_CONFIG = "adapter_config.json"
+_LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+_FOLDERS = ("peft", "mlx")
+"""Formats of which a consumer opens files by name, beside a configuration."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """A consumer with the version and the rank cap that count, and the base model by its headers, if one is given."""
+
+    consumer: Consumer
+    version: str
+    cap: int | None
+    base: Given | None
+    token: str | None
+    model: Model | None
+
+    @classmethod
+    def of(cls, name: str, version: str | None, max_rank: int | None, base: Given | None, token: str | None) -> Self:
+        """Raises: OptionError; HubError and the like for the base model"""
+        consumer = consumers.get(name)
+        read = consumer.read_version(version)
+        cap = consumer.cap(read, max_rank)
+        model = None
+        if base is not None:
+            model = open_model(localize(base, "model", token=token, headers=True), config_suffices=True)
+        return cls(consumer=consumer, version=read, cap=cap, base=base, token=token, model=model)
+
+    def judge_files(self, source: Source, adapter: Adapter, adapter_name: str | None) -> tuple[Finding, ...]:
+        """What every rule says of an adapter and of the files that it was read from."""
+        assert adapter.origin is not None
+        stands_as = adapter.origin.format
+        if stands_as not in self.consumer.formats:
+            return self.judge(adapter, stands_as)
+        if stands_as == "peft":
+            source = peft_files.open_adapter(source, adapter_name)[0].source
+        known: dict[str, Any] = {"config": source.document(_CONFIG) or {}}
+        if stands_as in _FOLDERS:
+            known["files"] = source.file_names
+        else:
+            held = [source.tensors(name) for name in source.tensor_names]
+            known["keys"] = frozenset(key for file in held for key in file.tensors)
+        return self.judge(adapter, stands_as, known)
+
+    def judge(self, adapter: Adapter, format: str, known: Mapping[str, Any] | None = None) -> tuple[Finding, ...]:
+        """What every rule says of an adapter in this format; `known` is what its files say, if it stands in any."""
+        subject = Subject(
+            adapter=adapter,
+            format=format,
+            cap=self.cap,
+            unmatched=tuple(self._unmatched(adapter)) if self._knows_names else None,
+            model_type=self._config.get("model_type"),
+            tied=self._config.get("tie_word_embeddings") is True,
+            num_layers=self._num_layers,
+            **(known or {}),
+        )
+        return judge(subject, self.consumer, self.version)
+
+    def plain(self, adapter: Adapter, *, allow_nonfinite: bool) -> Plain:
+        """The adapter as this consumer reads it.
+
+        Raises: UnsupportedFeatureError, NonFiniteError; MatchError for DoRA on weights that the base does not have
+        """
+        dora = self.base is not None and Feature.DORA in adapter.features
+        return plain(
+            adapter,
+            max_rank=self.cap,
+            least_rank=self.consumer.least_rank,
+            multiple=self.consumer.multiple,
+            fill=[self._zeros(target, adapter) for target in self._absent(adapter)],
+            base_weight=self._with_values()._base_weight if dora else None,
+            allow_nonfinite=allow_nonfinite,
+        )
+
+    def _with_values(self) -> Self:
+        """The case with the weights of the base model at hand, those of a model on the Hub downloaded."""
+        assert self.base is not None
+        return replace(self, model=open_model(localize(self.base, "model", token=self.token)))
+
+    @property
+    def _knows_names(self) -> bool:
+        """Whether the base model is known by more than its configuration."""
+        return isinstance(self.model, Pipeline) or (self.model is not None and bool(self.model.shapes))
+
+    def _absent(self, adapter: Adapter) -> list[Target]:
+        return absent(adapter.modules, self.consumer.layers, num_layers=self._num_layers)
+
+    def _zeros(self, target: Target, adapter: Adapter) -> LoraModule:
+        """A module of the shapes that one at this target has: those of one in another layer, or of the base model.
+
+        Raises: UnsupportedFeatureError where neither is known
+        """
+        like = stand_in(target, adapter.modules, self.consumer.layers.together)
+        if like is None:
+            like = self._of_base(target)
+        if like is None:
+            raise UnsupportedFeatureError(
+                f"{target}: {self.consumer.title} wants this module too, and nothing here tells its shape. "
+                "Give the base model: --base"
+            )
+        return LoraModule(
+            target=target,
+            lora_A=like.lora_A,
+            lora_B=like.lora_B,
+            alpha=1.0,
+            kind=like.kind,
+            shape=like.shape,
+            transposed=like.transposed,
+        )
+
+    def _of_base(self, target: Target) -> LoraModule | None:
+        names = self._names(target.component)
+        found = names and names.find(target.parameter)
+        model = self._model(target.component)
+        if not found or model is None or len(model.shapes[found]) != 2:
+            return None
+        rows, columns = model.shapes[found]
+        return LoraModule(target=target, lora_A=torch.zeros(1, columns), lora_B=torch.zeros(rows, 1), alpha=1.0)
+
+    def _base_weight(self, module: LoraModule) -> Tensor:
+        """Raises: MatchError"""
+        names, model = self._names(module.target.component), self._model(module.target.component)
+        found = names and names.find(module.target.parameter)
+        if not found or model is None:
+            raise MatchError(f"{module.target}: the base model has no such weight, and DoRA renormalises it")
+        return model.tensor(found)
+
+    def _unmatched(self, adapter: Adapter) -> Iterator[str]:
+        for module in adapter.modules:
+            target, model = module.target, self._model(module.target.component)
+            names = self._names(target.component)
+            if names is None or model is None or target.opaque:
+                continue
+            try:
+                found = names.find(target.parameter)
+            except MatchError:
+                yield f"{target} fits several"
+                continue
+            if found is None and not _is_tied_head(target, model):
+                yield f"{target} is not there"
+            elif found is not None and model.dtypes[found].is_floating_point:
+                shape, wanted = tuple(model.shapes[found]), module.weight_shape
+                if shape != wanted and (module.transposed is not None or shape != wanted[::-1]):
+                    yield f"{target} has shape {shape} there, {wanted} here"
+
+    def _model(self, component: str) -> Checkpoint | None:
+        if isinstance(self.model, Pipeline):
+            return self.model.components.get(component)
+        return self.model
+
+    def _names(self, component: str) -> Names | None:
+        model = self._model(component)
+        return None if model is None else Names(model)
+
+    @property
+    def _config(self) -> Mapping[str, Any]:
+        return self.model.config if isinstance(self.model, Checkpoint) else {}
+
+    @property
+    def _num_layers(self) -> int | None:
+        text = self._config.get("text_config")
+        stated = [part.get(name) for part in (self._config, text) if isinstance(part, Mapping) for name in _LAYERS]
+        return next((count for count in stated if type(count) is int), None)
+
+
+def _is_tied_head(target: Target, model: Checkpoint) -> bool:
+    """Whether it is the output head of a model that stores it as the input embedding alone."""
+    return target.parameter.endswith("lm_head") and model.config.get("tie_word_embeddings") is not False

@@ -1,0 +1,144 @@
+"""`adaptertools check`: whether an adapter loads in another program as it is meant, and the file that does."""
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from adaptertools.cli.options import Output, Reading, Writing, output_options, reading_options, writing_options
+
+if TYPE_CHECKING:
+    from adaptertools.api import Check, Fixed
+
+CONSUMERS = ("comfyui", "diffusers", "llama.cpp", "lorax", "mlx", "ollama", "sglang", "tensorrt-llm", "vllm")
+"""The names of adaptertools.consumers, whose import would load torch."""
+
+_BROKEN = 4
+"""The exit code for an adapter that does not load, or means something else."""
+
+
+@click.command("check", short_help="Say whether an adapter loads in vLLM, llama.cpp … as it is meant.")
+@click.argument("src")
+@click.option("--for", "consumer", type=click.Choice(CONSUMERS), required=True, help="The program that is to load it.")
+@click.option("--version", metavar="V", help="Its version. [default: the newest that is known]")
+@click.option("--max-rank", type=int, metavar="N", help="The highest rank that it is started with.")
+@click.option("--fix", "dst", metavar="DST", help="Write the file that does to DST.")
+@writing_options()
+@reading_options("--alpha")
+@output_options()
+@click.pass_context
+def command(
+    ctx: click.Context,
+    src: str,
+    consumer: str,
+    version: str | None,
+    max_rank: int | None,
+    dst: str | None,
+    writing: Writing,
+    reading: Reading,
+    output: Output,
+) -> None:
+    """Say whether the adapter SRC loads in another program and means the same there, rule by rule. SRC may be an
+    address on the Hub, as org/name.
+
+    --fix writes the file that does: one rank within the cap, by truncation to the nearest delta weight or by zeros, the
+    scaling in the factors, no patterns, in the program's own format; what that cost is measured. Exits with 0 if it
+    loads and means the same, with 4 if not.
+    """
+    from adaptertools import api
+
+    place = reading.locate(src, output)
+    how = reading.arguments(place)
+    own = {"version": version, "max_rank": max_rank, "base": how.pop("base"), "token": how.pop("token")}
+    found = api.check(place, consumer, **own, **how)
+    if dst is None:
+        output.show(lambda: _text(found), lambda: _document(found))
+        if not found.passes:
+            ctx.exit(_BROKEN)
+        return
+    options = writing.arguments(api.target_format(found))
+    nonfinite = reading.allow_nonfinite
+    fixed = api.fix(place, dst, consumer, **own, **options, read_options=how, allow_nonfinite=nonfinite)
+    output.show(lambda: _fixed_text(fixed), lambda: _fixed_document(fixed))
+
+
+def _text(found: "Check") -> str:
+    from adaptertools.cli._report import field, table
+
+    rows = [(finding.rule, str(finding.verdict), finding.reason) for finding in found.findings]
+    head = [_headline(found), *(field("note", note) for note in found.notes)]
+    return "\n".join([*head, "", table([("RULE", "VERDICT", "REASON"), *rows]), *_advice(found)])
+
+
+def _headline(found: "Check") -> str:
+    cap = "" if found.max_rank is None else f", ranks up to {found.max_rank}"
+    says = "loads and means the same" if found.passes else "does not load as it is meant"
+    return f"{found.label} ({found.format}) {says}: {found.title} {found.version}{cap}"
+
+
+def _advice(found: "Check") -> list[str]:
+    from adaptertools import api
+
+    if found.passes:
+        return []
+    lines = ["", f"The file that does: {api.fix_command(found)}"]
+    return lines + [f"But first, {rule}: {way}" for rule, way in api.ways_out(found).items()]
+
+
+def _fixed_text(fixed: "Fixed") -> str:
+    from adaptertools.cli._report import field, writing_lines
+
+    mended = ", ".join(dict.fromkeys(finding.rule for finding in fixed.before.broken)) or "nothing was broken"
+    lines = [
+        f"Fixed {fixed.before.label} ({fixed.before.format}) to {fixed.report.path} ({fixed.report.format}) for "
+        f"{fixed.after.title} {fixed.after.version}",
+        field("mended", mended),
+        *(field("done", step) for step in fixed.steps),
+        field("error", _error(fixed)),
+    ]
+    return "\n".join([*lines, *writing_lines(fixed.report)])
+
+
+def _error(fixed: "Fixed") -> str:
+    from adaptertools.cli._report import relative
+
+    if fixed.relative_error == 0:
+        return "0: the delta weights are the same"
+    return f"{relative(fixed.relative_error)} of the norm of the delta weights"
+
+
+def _document(found: "Check") -> dict[str, Any]:
+    from adaptertools import api
+
+    return {
+        "source": {"path": found.label, "format": found.format},
+        "for": found.consumer,
+        "version": found.version,
+        "max_rank": found.max_rank,
+        "passes": found.passes,
+        "rules": [
+            {
+                "rule": finding.rule,
+                "verdict": finding.verdict,
+                "reason": finding.reason,
+                "found": list(finding.found),
+                "source": finding.source,
+            }
+            for finding in found.findings
+        ],
+        "notes": list(found.notes),
+        "fix": None if found.passes else api.fix_command(found),
+        "ways_out": api.ways_out(found),
+    }
+
+
+def _fixed_document(fixed: "Fixed") -> dict[str, Any]:
+    from adaptertools.cli._report import writing_document
+
+    return {
+        "source": {"path": fixed.before.label, "format": fixed.before.format},
+        "mended": [finding.rule for finding in fixed.before.broken],
+        "done": list(fixed.steps),
+        "relative_error": fixed.relative_error,
+        "check": _document(fixed.after),
+        **writing_document(fixed.report),
+    }

@@ -1,0 +1,29 @@
+"""What is checked: an adapter together with the files that it stands in, and what is known of the base model."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from adaptertools.adapter import Adapter
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Subject:
+    """An adapter as a consumer meets it.
+
+    `files` and `keys` are the names of its files and of its tensors, `config` is the JSON document beside them; all are
+    empty for an adapter that stands in no file yet, which keeps the rules about them. `unmatched` are the modules that
+    change nothing in the base model, None where no base model is known. `model_type` and `num_layers` are those of its
+    configuration, and `tied` that its output head is its input embedding.
+    """
+
+    adapter: Adapter
+    format: str
+    cap: int | None = None
+    files: tuple[str, ...] = ()
+    keys: frozenset[str] = frozenset()
+    config: Mapping[str, Any] = field(default_factory=dict)
+    unmatched: tuple[str, ...] | None = None
+    model_type: str | None = None
+    num_layers: int | None = None
+    tied: bool = False

@@ -1,0 +1,80 @@
+"""A base model that is several: the folders of a diffusers pipeline, each a model of its own."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from adaptertools.containers.checkpoint import CONFIG, WEIGHTS, Checkpoint
+from adaptertools.containers.source import Located, located
+from adaptertools.errors import OptionError
+
+INDEX = "model_index.json"
+"""What makes a pipeline of a folder of models."""
+
+COMPONENTS = (
+    "unet",
+    "transformer",
+    "transformer_2",
+    "prior",
+    "text_encoder",
+    "text_encoder_2",
+    "text_encoder_3",
+)
+"""The models of a pipeline that adapters are trained for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pipeline:
+    """The headers of the models of a pipeline, by their folders.
+
+    As one model it answers nothing: whoever asks for `shapes` or `config` is told to name one of its folders.
+
+    Raises: OptionError from `shapes` and `config`
+    """
+
+    components: Mapping[str, Checkpoint]
+    label: str
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        self._refuse()
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        self._refuse()
+
+    def _refuse(self) -> NoReturn:
+        first = next(iter(self.components))
+        raise OptionError(
+            f"{self.label}: these are several models ({', '.join(self.components)}), and this format knows one. "
+            f"Name the folder of one, such as {self.label}/{first}"
+        )
+
+
+Model = Checkpoint | Pipeline
+"""What `--base` may be."""
+
+
+def open_model(given: str | Path | Located, *, config_suffices: bool = False) -> Model:
+    """A base model, or a pipeline of several. Opening reads headers alone.
+
+    With `config_suffices` a config.json may stand without weights.
+
+    Raises: SourceNotFoundError, UnknownFormatError, DamagedFileError and the like
+    """
+    place = located(given)
+    path = place.path
+    folders = [name for name in COMPONENTS if (path / name).is_dir()]
+    plain = not (path / INDEX).is_file() and any((path / name).is_file() for name in WEIGHTS)
+    if plain or not folders:
+        alone = config_suffices and _is_config_alone(path)
+        return Checkpoint.of_config(place) if alone else Checkpoint.open(place)
+    return Pipeline(components={name: Checkpoint.open(place.at(path / name)) for name in folders}, label=place.label)
+
+
+def _is_config_alone(path: Path) -> bool:
+    if path.is_file():
+        return path.name == CONFIG
+    weights = any((path / name).is_file() for name in WEIGHTS) or any(path.glob("*.safetensors"))
+    return (path / CONFIG).is_file() and not weights

@@ -1,0 +1,1 @@
+"""diffusers: key grammar, lora_adapter_metadata, which file of a folder, and the names of Flux."""

@@ -1,0 +1,335 @@
+"""`adaptertools.fix`: the file that loads says the same, in numbers that every program reads alike."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import adaptertools
+from adaptertools.adapter import Adapter, Base, FullWeight, RowSlice, WeightRole
+from adaptertools.errors import MatchError, UnsupportedFeatureError
+from adaptertools.module import LoraModule, ScaleRule, Target
+from adaptertools.operations import low_rank
+
+PEFT = ("vllm", "sglang", "lorax", "tensorrt-llm")
+
+
+def module(layer: int, name: str, rank: int, **changes: Any) -> LoraModule:
+    generator = torch.Generator().manual_seed(100 * layer + len(name) + rank)
+    out = 12 if name in ("k_proj", "v_proj") else 24
+    given: dict[str, Any] = {
+        "target": Target(parameter=f"model.layers.{layer}.self_attn.{name}"),
+        "lora_A": torch.randn(rank, 24, generator=generator),
+        "lora_B": torch.randn(out, rank, generator=generator),
+        "alpha": 16.0,
+    }
+    return LoraModule(**{**given, **changes})
+
+
+@pytest.fixture
+def uneven() -> Adapter:
+    """Ranks 4 and 6, two alphas, rsLoRA, and o_proj in the first of three layers alone."""
+    modules = [
+        module(layer, name, rank, scale_rule=ScaleRule.ALPHA_OVER_SQRT_RANK)
+        for layer in (0, 1, 2)
+        for name, rank in (("q_proj", 4), ("v_proj", 6))
+    ]
+    modules.append(module(0, "o_proj", 4, alpha=3.0, scale_rule=ScaleRule.ALPHA_OVER_SQRT_RANK))
+    return Adapter(modules=tuple(modules), bases={"": Base(id="tiny/llama")})
+
+
+@pytest.fixture
+def folder(uneven: Adapter, tmp_path: Path) -> Path:
+    return Path(str(adaptertools.write(uneven, tmp_path / "uneven", format="peft").path))
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """The attention of a llama of three layers."""
+    generator = torch.Generator().manual_seed(5)
+    sizes = {"q_proj": 24, "k_proj": 12, "v_proj": 12, "o_proj": 24}
+    weights = {
+        f"model.layers.{layer}.self_attn.{name}.weight": torch.randn(size, 24, generator=generator)
+        for layer in (0, 1, 2)
+        for name, size in sizes.items()
+    }
+    place = tmp_path / "base"
+    place.mkdir()
+    save_file(weights, place / "model.safetensors")
+    (place / "config.json").write_text(json.dumps({"model_type": "llama", "num_hidden_layers": 3}))
+    return place
+
+
+def products(place: Path) -> dict[str, Tensor]:
+    """B·A of every module of a PEFT folder, with no scaling at all."""
+    tensors = load_file(place / "adapter_model.safetensors")
+    ends = ".lora_A.weight", ".lora_B.weight"
+    names = [key.removesuffix(ends[0]) for key in tensors if key.endswith(ends[0])]
+    return {
+        name.removeprefix("base_model.model."): tensors[name + ends[1]].double() @ tensors[name + ends[0]].double()
+        for name in names
+    }
+
+
+def config(place: Path) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads((place / "adapter_config.json").read_text())
+    return document
+
+
+@pytest.mark.parametrize("consumer", PEFT)
+def test_the_fixed_file_passes_and_its_bare_products_are_the_delta_weights(
+    consumer: str, folder: Path, uneven: Adapter, tmp_path: Path
+) -> None:
+    fixed = adaptertools.fix(folder, tmp_path / "fixed", consumer)
+    assert fixed.after.passes
+    assert adaptertools.check(tmp_path / "fixed", consumer).passes
+    found = products(tmp_path / "fixed")
+    for each in uneven.modules:
+        expected = each.lora_B.double() @ each.lora_A.double() * (each.alpha / each.rank**0.5)
+        assert torch.allclose(found.pop(each.target.parameter), expected, rtol=1e-5, atol=1e-5)
+    assert all(not product.any() for product in found.values())
+    assert fixed.relative_error < 1e-7
+
+
+@pytest.mark.parametrize(("consumer", "rank"), [("vllm", 6), ("sglang", 6), ("lorax", 8), ("tensorrt-llm", 6)])
+def test_the_fixed_configuration_says_nothing_that_a_program_may_not_read(
+    consumer: str, rank: int, folder: Path, tmp_path: Path
+) -> None:
+    adaptertools.fix(folder, tmp_path / "fixed", consumer)
+    stated = config(tmp_path / "fixed")
+    assert (stated["r"], stated["lora_alpha"]) == (rank, rank)
+    assert type(stated["lora_alpha"]) is int
+    assert (stated["rank_pattern"], stated["alpha_pattern"]) == ({}, {})
+    assert (stated["use_rslora"], stated["use_dora"], stated["bias"]) == (False, False, "none")
+    assert stated["init_lora_weights"] is True
+    assert stated["modules_to_save"] is None
+    shapes = {tuple(tensor.shape) for tensor in load_file(tmp_path / "fixed" / "adapter_model.safetensors").values()}
+    assert shapes <= {(rank, 24), (24, rank), (12, rank)}
+
+
+def test_lorax_gets_zeros_in_the_layers_that_lack_a_module(folder: Path, tmp_path: Path) -> None:
+    assert {f.rule for f in adaptertools.check(folder, "lorax").broken} >= {"every layer", "rank_pattern"}
+    fixed = adaptertools.fix(folder, tmp_path / "fixed", "lorax")
+    assert [str(target) for target in fixed.plain.filled] == [
+        "model.layers.1.self_attn.o_proj",
+        "model.layers.2.self_attn.o_proj",
+    ]
+    found = products(tmp_path / "fixed")
+    assert not found["model.layers.2.self_attn.o_proj"].any()
+
+
+def test_layers_behind_the_last_adapted_one_are_known_from_the_base(folder: Path, base: Path, tmp_path: Path) -> None:
+    (base / "config.json").write_text(json.dumps({"model_type": "llama", "num_hidden_layers": 4}))
+    weights = load_file(base / "model.safetensors")
+    last = {name.replace(".2.", ".3."): weight.clone() for name, weight in weights.items() if ".2." in name}
+    save_file(weights | last, base / "model.safetensors")
+    fixed = adaptertools.fix(folder, tmp_path / "fixed", "lorax", base=base)
+    assert "model.layers.3.self_attn.q_proj" in map(str, fixed.plain.filled)
+
+
+def test_sglang_gets_v_of_the_shape_of_k(uneven: Adapter, tmp_path: Path) -> None:
+    lone = replace(uneven, modules=(module(0, "q_proj", 4), module(0, "k_proj", 4)))
+    place = adaptertools.write(lone, tmp_path / "lone", format="peft").path
+    assert [f.rule for f in adaptertools.check(place, "sglang").broken] == ["q and v"]
+    adaptertools.fix(place, tmp_path / "fixed", "sglang")
+    assert products(tmp_path / "fixed")["model.layers.0.self_attn.v_proj"].shape == (12, 24)
+
+
+def test_sglang_gets_v_of_the_base_model_where_no_module_tells_its_shape(
+    uneven: Adapter, base: Path, tmp_path: Path
+) -> None:
+    lone = replace(uneven, modules=(module(0, "q_proj", 4),))
+    place = adaptertools.write(lone, tmp_path / "lone", format="peft").path
+    with pytest.raises(UnsupportedFeatureError, match="nothing here tells its shape"):
+        adaptertools.fix(place, tmp_path / "fixed", "sglang")
+    adaptertools.fix(place, tmp_path / "fixed", "sglang", base=base)
+    assert products(tmp_path / "fixed")["model.layers.0.self_attn.v_proj"].shape == (12, 24)
+
+
+def test_a_rank_over_the_cap_is_truncated_to_the_nearest_and_the_error_is_that_of_the_svd(
+    tmp_path: Path, uneven: Adapter
+) -> None:
+    high = replace(uneven, modules=(module(0, "q_proj", 20), module(0, "v_proj", 9)))
+    place = adaptertools.write(high, tmp_path / "high", format="peft").path
+    assert [f.rule for f in adaptertools.check(place, "vllm").broken] == ["rank"]
+    fixed = adaptertools.fix(place, tmp_path / "fixed", "vllm", max_rank=8)
+    lost, total = 0.0, 0.0
+    for each in high.modules:
+        values = torch.linalg.svdvals(each.lora_B.double() @ each.lora_A.double()) * each.scaling
+        lost += float((values[8:] ** 2).sum())
+        total += float((values**2).sum())
+    assert fixed.relative_error == pytest.approx((lost / total) ** 0.5, rel=1e-5)
+    assert config(tmp_path / "fixed")["r"] == 8
+
+
+def test_half_precision_factors_keep_their_bits_where_the_scaling_is_a_power_of_two(
+    uneven: Adapter, tmp_path: Path
+) -> None:
+    half = [module(layer, "q_proj", 4) for layer in (0, 1)]
+    half = [replace(m, lora_A=m.lora_A.bfloat16(), lora_B=m.lora_B.bfloat16()) for m in half]
+    place = adaptertools.write(replace(uneven, modules=tuple(half)), tmp_path / "half", format="peft").path
+    fixed = adaptertools.fix(place, tmp_path / "fixed", "vllm")
+    assert (fixed.relative_error, fixed.difference.distance) == (0, 0)
+    tensors = load_file(tmp_path / "fixed" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+
+
+def test_slots_of_a_fused_projection_become_one_module(uneven: Adapter, tmp_path: Path) -> None:
+    slots = tuple(
+        module(0, "qkv_proj", 4, target=Target(parameter="model.layers.0.qkv_proj", rows=rows))
+        for rows in (RowSlice(start=0, stop=24, total=72), RowSlice(start=48, stop=72, total=72))
+    )
+    place = adaptertools.write(replace(uneven, modules=slots), tmp_path / "lora.pt", format="loralib").path
+    fixed = adaptertools.fix(place, tmp_path / "fixed", "vllm")
+    expected = torch.zeros(72, 24, dtype=torch.float64)
+    for slot in slots:
+        assert slot.target.rows is not None
+        expected[slot.target.rows.start : slot.target.rows.stop] = slot.lora_B.double() @ slot.lora_A.double() * 4
+    assert torch.allclose(products(tmp_path / "fixed")["model.layers.0.qkv_proj"], expected, atol=1e-5)
+    assert fixed.before.findings[0].verdict == "fails"
+
+
+def test_a_module_that_is_scaled_by_zero_stays_without_effect(uneven: Adapter, tmp_path: Path) -> None:
+    silent = replace(uneven, modules=(module(0, "q_proj", 4, alpha=0.0), module(0, "v_proj", 4)))
+    place = adaptertools.write(silent, tmp_path / "silent", format="peft").path
+    adaptertools.fix(place, tmp_path / "fixed", "vllm")
+    assert not products(tmp_path / "fixed")["model.layers.0.self_attn.q_proj"].any()
+
+
+@pytest.fixture
+def dora(uneven: Adapter, tmp_path: Path) -> Path:
+    generator = torch.Generator().manual_seed(9)
+    modules = [module(layer, name, 4) for layer in (0, 1) for name in ("q_proj", "v_proj")]
+    held = [replace(m, magnitude=4 + torch.rand(m.out_features, generator=generator)) for m in modules]
+    adapter = replace(uneven, modules=tuple(held))
+    return Path(str(adaptertools.write(adapter, tmp_path / "dora", format="peft").path))
+
+
+def test_dora_without_the_base_model_is_refused_with_the_way_out(dora: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedFeatureError, match=r"DoRA .* --base BASE makes it the nearest LoRA; or merge"):
+        adaptertools.fix(dora, tmp_path / "fixed", "vllm")
+    assert not (tmp_path / "fixed").exists()
+
+
+def test_dora_on_its_base_becomes_the_nearest_lora_with_the_error_that_is_reported(
+    dora: Path, base: Path, tmp_path: Path
+) -> None:
+    fixed = adaptertools.fix(dora, tmp_path / "fixed", "vllm", base=base)
+    weights, factors = load_file(base / "model.safetensors"), load_file(dora / "adapter_model.safetensors")
+    found, lost, total = products(tmp_path / "fixed"), 0.0, 0.0
+    for name, product in found.items():
+        W = weights[f"{name}.weight"].double()
+        key = f"base_model.model.{name}."
+        V = W + 4 * factors[f"{key}lora_B.weight"].double() @ factors[f"{key}lora_A.weight"].double()
+        magnitude = factors[f"{key}lora_magnitude_vector"].double()
+        delta = magnitude[:, None] * V / V.norm(dim=1, keepdim=True) - W
+        values = torch.linalg.svdvals(delta)
+        lost += float((delta - product).norm() ** 2)
+        total += float(delta.norm() ** 2)
+        assert float((delta - product).norm()) == pytest.approx(float(values[16:].norm()), rel=1e-4, abs=1e-4)
+    assert fixed.relative_error == pytest.approx((lost / total) ** 0.5, rel=1e-4)
+    assert config(tmp_path / "fixed")["use_dora"] is False
+
+
+def test_dora_at_full_rank_is_the_same_model(dora: Path, base: Path, tmp_path: Path) -> None:
+    fixed = adaptertools.fix(dora, tmp_path / "fixed", "vllm", base=base, max_rank=32)
+    assert fixed.relative_error < 1e-6
+
+
+def test_the_few_singular_vectors_of_a_large_weight_are_as_good_as_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(3)
+    weight, held = torch.randn(24, 24, generator=generator), replace(module(0, "q_proj", 4), magnitude=torch.ones(24))
+    whole = low_rank.low_rank(held, weight, 3)
+    monkeypatch.setattr(low_rank, "_WHOLE", 8)
+    found = low_rank.low_rank(held, weight, 3)
+    assert whole.error < found.norm
+    assert found.error == pytest.approx(whole.error, rel=1e-3)
+    left = held.delta_weight(base_weight=weight) - found.module.delta_weight()
+    assert float(left.norm()) == pytest.approx(found.error, rel=1e-5)
+
+
+def test_dora_on_a_weight_that_the_base_lacks_is_refused(dora: Path, base: Path, tmp_path: Path) -> None:
+    weights = load_file(base / "model.safetensors")
+    del weights["model.layers.1.self_attn.q_proj.weight"]
+    save_file(weights, base / "model.safetensors")
+    with pytest.raises(MatchError, match=r"layers\.1\.self_attn\.q_proj: the base model has no such weight"):
+        adaptertools.fix(dora, tmp_path / "fixed", "vllm", base=base)
+
+
+Unmended = Callable[[Adapter], Adapter]
+HEAD = FullWeight(weight=torch.ones(3, 24))
+UNMENDED: dict[str, tuple[Unmended, str]] = {
+    "heads": (lambda a: replace(a, full_weights={"lm_head.weight": HEAD}), "full-weights"),
+    "changed base": (lambda a: replace(a, bases={"": Base(change="pissa")}), "changed-base"),
+    "aLoRA": (lambda a: replace(a, invocation_tokens=(1, 2)), "alora"),
+    "lora_bias": (
+        lambda a: a.map_modules(lambda m: replace(m, lora_bias=torch.ones(m.out_features))),
+        "lora-bias",
+    ),
+}
+
+
+@pytest.mark.parametrize("rule", UNMENDED)
+def test_what_cannot_be_mended_is_refused_by_name_and_given_up_when_asked(
+    rule: str, uneven: Adapter, tmp_path: Path
+) -> None:
+    change, kind = UNMENDED[rule]
+    place = adaptertools.write(change(uneven), tmp_path / "whole", format="peft").path
+    with pytest.raises(UnsupportedFeatureError, match=rf"{rule} .*--drop {kind}"):
+        adaptertools.fix(place, tmp_path / "fixed", "vllm")
+    assert not (tmp_path / "fixed").exists()
+    fixed = adaptertools.fix(place, tmp_path / "fixed", "vllm", drop=[kind])
+    assert fixed.report.dropped[0].startswith(f"{kind}: ")
+    assert adaptertools.check(tmp_path / "fixed", "vllm").passes
+
+
+def test_a_head_that_vllm_takes_stays(uneven: Adapter, tmp_path: Path) -> None:
+    headed = replace(uneven, full_weights={"score.weight": HEAD})
+    place = adaptertools.write(headed, tmp_path / "headed", format="peft").path
+    adaptertools.fix(place, tmp_path / "fixed", "vllm")
+    assert config(tmp_path / "fixed")["modules_to_save"] == ["score"]
+    assert "base_model.model.score.weight" in load_file(tmp_path / "fixed" / "adapter_model.safetensors")
+
+
+def test_weights_that_were_stored_untrained_are_left_out_and_said(uneven: Adapter, tmp_path: Path) -> None:
+    stored = replace(uneven, full_weights={"lm_head.weight": replace(HEAD, role=WeightRole.BASE)})
+    place = adaptertools.write(stored, tmp_path / "stored", format="peft").path
+    fixed = adaptertools.fix(place, tmp_path / "fixed", "vllm")
+    assert fixed.plain.left_out == ("lm_head.weight",)
+    assert not any("lm_head" in key for key in load_file(tmp_path / "fixed" / "adapter_model.safetensors"))
+
+
+def test_names_that_the_base_model_lacks_are_found_and_not_mended(uneven: Adapter, base: Path, tmp_path: Path) -> None:
+    stray = replace(uneven, modules=(*uneven.modules, module(7, "q_proj", 4, scale_rule=uneven.modules[0].scale_rule)))
+    place = adaptertools.write(stray, tmp_path / "stray", format="peft").path
+    broken = {finding.rule: finding for finding in adaptertools.check(place, "vllm", base=base).broken}
+    assert broken["names in the base"].found == ("model.layers.7.self_attn.q_proj is not there",)
+    with pytest.raises(UnsupportedFeatureError, match="names in the base"):
+        adaptertools.fix(place, tmp_path / "fixed", "vllm", base=base)
+
+
+def test_shapes_that_the_base_model_has_otherwise_are_found(uneven: Adapter, base: Path, tmp_path: Path) -> None:
+    wide = replace(uneven, modules=(module(0, "q_proj", 4, lora_B=torch.ones(36, 4)), module(0, "v_proj", 4)))
+    place = adaptertools.write(wide, tmp_path / "wide", format="peft").path
+    (finding,) = adaptertools.check(place, "vllm", base=base).broken
+    assert finding.found == ("model.layers.0.self_attn.q_proj has shape (24, 24) there, (36, 24) here",)
+
+
+def test_the_source_stays_as_it_was_and_the_history_says_what_was_done(folder: Path, tmp_path: Path) -> None:
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    adaptertools.fix(folder, tmp_path / "fixed", "sglang")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    last = adaptertools.read(tmp_path / "fixed").history[-1]
+    assert (last.operation, last.source, last.details["for"]) == ("fix", "uneven", "sglang")
+
+
+def test_fixing_what_is_in_order_loses_nothing(plain: Adapter, peft_folder: Path, tmp_path: Path) -> None:
+    fixed = adaptertools.fix(peft_folder, tmp_path / "fixed", "vllm")
+    assert fixed.before.passes
+    assert adaptertools.diff(plain, adaptertools.read(tmp_path / "fixed"), tolerance=0.0).same

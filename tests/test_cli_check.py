@@ -1,0 +1,175 @@
+"""`adaptertools check`: what it says, the exit codes that a script goes by, and the file that --fix writes."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import Ran
+
+import adaptertools
+from adaptertools.adapter import Adapter, ScaleRule
+
+Run = Callable[..., Ran]
+
+
+def lines(ran: Ran) -> list[str]:
+    return [" ".join(line.split()) for line in ran.out.splitlines()]
+
+
+@pytest.fixture
+def rslora_folder(plain: Adapter, tmp_path: Path) -> Path:
+    """The plain adapter as one of rsLoRA."""
+    made = plain.map_modules(lambda module: replace(module, scale_rule=ScaleRule.ALPHA_OVER_SQRT_RANK))
+    return Path(str(adaptertools.write(made, tmp_path / "rslora", format="peft").path))
+
+
+def test_what_loads_exits_with_zero_and_lists_every_rule(run: Run, peft_folder: Path) -> None:
+    ran = run("check", peft_folder, "--for", "vllm")
+    assert (ran.code, ran.err) == (0, "")
+    said = lines(ran)
+    assert said[0] == f"{peft_folder} (peft) loads and means the same: vLLM 0.33.0, ranks up to 16"
+    assert said[2] == "RULE VERDICT REASON"
+    assert said[3] == "format ok vLLM loads peft"
+    assert said[-1] == "names in the base not checked needs --base"
+    assert len(said) - 3 == len(adaptertools.check(peft_folder, "vllm").findings)
+
+
+def test_what_means_something_else_exits_with_four_and_names_the_command_that_helps(
+    run: Run, rslora_folder: Path
+) -> None:
+    ran = run("check", rslora_folder, "--for", "sglang")
+    assert (ran.code, ran.err) == (4, "")
+    assert (
+        "rsLoRA changes meaning use_rslora is unread: the scaling is lora_alpha / r: "
+        "model.layers.0.self_attn.q_proj is scaled by 8, not 4 and 3 more"
+    ) in lines(ran)
+    assert lines(ran)[-1] == f"The file that does: adaptertools check {rslora_folder} --for sglang --fix DST"
+
+
+def test_the_version_chooses_the_rules_and_says_when_it_was_not_read(run: Run, rslora_folder: Path) -> None:
+    assert run("check", rslora_folder, "--for", "vllm").code == 0
+    ran = run("check", rslora_folder, "--for", "vllm", "--version", "0.7.3")
+    assert ran.code == 4
+    assert "rsLoRA fails refused:" in "\n".join(lines(ran))
+    assert lines(ran)[1].startswith("note 0.7.3 itself was not read: its rules are those of 0.6.6. Read were 0.6.6,")
+
+
+def test_the_one_state_that_was_read_counts_for_every_version(run: Run, peft_folder: Path) -> None:
+    ran = run("check", peft_folder, "--for", "tensorrt-llm", "--version", "0.21")
+    assert lines(ran)[1] == ("note one state of TensorRT-LLM was read, 007e181: its rules count for every version")
+
+
+def test_a_rank_over_the_cap_is_shown_with_both_numbers(run: Run, peft_folder: Path) -> None:
+    ran = run("check", peft_folder, "--for", "vllm", "--max-rank", "1")
+    assert ran.code == 4
+    assert any("has rank 4 > 1" in line for line in lines(ran))
+    assert lines(ran)[-1].endswith("--for vllm --max-rank 1 --fix DST")
+
+
+def test_fix_writes_the_file_and_says_what_was_done_and_what_it_cost(
+    run: Run, rslora_folder: Path, tmp_path: Path
+) -> None:
+    ran = run("check", rslora_folder, "--for", "sglang", "--fix", tmp_path / "fixed")
+    assert (ran.code, ran.err) == (0, "")
+    said = lines(ran)
+    assert said[0] == f"Fixed {rslora_folder} (peft) to {tmp_path / 'fixed'} (peft) for SGLang 0.5.23"
+    assert said[1:4] == [
+        "mended rsLoRA",
+        "done alpha is the rank, 4, and the scaling stands in the factors",
+        "error 0: the delta weights are the same",
+    ]
+    assert run("check", tmp_path / "fixed", "--for", "sglang").code == 0
+    assert run("diff", rslora_folder, tmp_path / "fixed", "--tolerance", "0").code == 0
+
+
+def test_fix_says_the_error_of_truncation(run: Run, peft_folder: Path, tmp_path: Path) -> None:
+    ran = run("check", peft_folder, "--for", "sglang", "--max-rank", "2", "--fix", tmp_path / "fixed")
+    assert ran.code == 0
+    found = adaptertools.diff(adaptertools.read(peft_folder), adaptertools.read(tmp_path / "fixed"))
+    assert f"error {found.relative_distance:.4g} of the norm of the delta weights" in lines(ran)
+    assert "done 4 modules were truncated to rank 2" in lines(ran)
+
+
+def test_json_has_every_rule_with_its_source(run: Run, rslora_folder: Path) -> None:
+    ran = run("check", rslora_folder, "--for", "sglang", "--json")
+    assert ran.code == 4
+    document = ran.json
+    assert (document["for"], document["version"], document["passes"]) == ("sglang", "0.5.23", False)
+    (broken,) = [rule for rule in document["rules"] if rule["verdict"] == "changes meaning"]
+    assert (broken["rule"], broken["source"]) == ("rsLoRA", "sglang/srt/lora/lora.py")
+    assert len(broken["found"]) == 4
+    assert document["fix"].endswith("--for sglang --fix DST")
+
+
+def test_json_of_a_fix_has_the_check_of_the_result(run: Run, rslora_folder: Path, tmp_path: Path) -> None:
+    document = run("check", rslora_folder, "--for", "sglang", "--fix", tmp_path / "fixed", "--json").json
+    assert document["mended"] == ["rsLoRA"]
+    assert document["relative_error"] == 0
+    assert document["check"]["passes"] is True
+    assert document["destination"]["format"] == "peft"
+
+
+def test_what_cannot_be_mended_exits_with_one_and_the_way_out(run: Run, plain: Adapter, tmp_path: Path) -> None:
+    place = adaptertools.write(replace(plain, invocation_tokens=(3,)), tmp_path / "alora", format="peft").path
+    ran = run("check", place, "--for", "vllm", "--fix", tmp_path / "fixed")
+    assert ran.code == 1
+    assert "aLoRA (invocation tokens): --drop alora lets it act on every token" in ran.err
+    ran = run("check", place, "--for", "vllm")
+    assert lines(ran)[-1] == "But first, aLoRA: --drop alora lets it act on every token"
+
+
+def test_an_existing_destination_is_refused_unless_it_may_be_replaced(
+    run: Run, rslora_folder: Path, tmp_path: Path
+) -> None:
+    assert run("check", rslora_folder, "--for", "sglang", "--fix", tmp_path / "fixed").code == 0
+    assert run("check", rslora_folder, "--for", "sglang", "--fix", tmp_path / "fixed").code == 1
+    assert run("check", rslora_folder, "--for", "sglang", "--fix", tmp_path / "fixed", "--overwrite").code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--for", "tgi"), "'tgi' is not one of"),
+        (("--for", "vllm", "--version", "new"), "expected numbers"),
+        (("--for", "vllm", "--max-rank", "48"), "start it with 64"),
+        ((), "Missing option '--for'"),
+    ],
+)
+def test_wrong_usage_exits_with_two(run: Run, peft_folder: Path, arguments: tuple[str, ...], said: str) -> None:
+    ran = run("check", peft_folder, *arguments)
+    assert ran.code == 2
+    assert said in ran.err
+
+
+def test_a_file_of_another_format_breaks_no_rule_about_the_files_of_the_consumer(
+    run: Run, plain: Adapter, tmp_path: Path
+) -> None:
+    adaptertools.write(plain, tmp_path / "lora.pt", format="loralib")
+    ran = run("check", tmp_path / "lora.pt", "--for", "vllm", "--source-alpha", "16")
+    assert ran.code == 4
+    (broken,) = [line for line in lines(ran) if " fails " in line]
+    assert broken == (
+        "format fails vLLM loads peft; this is loralib, so convert it first: adaptertools convert SRC DST --to peft"
+    )
+    ran = run("check", tmp_path / "lora.pt", "--for", "vllm", "--fix", tmp_path / "fixed")
+    assert ran.code == 0
+    assert run("diff", tmp_path / "lora.pt", tmp_path / "fixed").code == 0
+
+
+def test_what_vllm_was_given_as_torch_file_it_takes_and_lorax_does_not(
+    run: Run, plain: Adapter, tmp_path: Path
+) -> None:
+    high = adaptertools.convert(
+        adaptertools.write(plain, tmp_path / "safe", format="peft").path, tmp_path / "bin", to="peft", container="torch"
+    )
+    assert run("check", high.path, "--for", "vllm").code == 0
+    ran = run("check", high.path, "--for", "lorax", "--json")
+    assert "file names" in {rule["rule"] for rule in ran.json["rules"] if rule["verdict"] == "fails"}
+
+
+def test_an_error_of_the_source_is_no_verdict(run: Run, tmp_path: Path) -> None:
+    ran = run("check", tmp_path / "nothing", "--for", "vllm", "--json")
+    assert ran.code == 1
+    assert json.loads(ran.out)["error"]["type"] == "SourceNotFoundError"
