@@ -284,6 +284,7 @@ BREAKING: dict[str, dict[str, Change]] = {
         ".alpha for every module": with_subject(
             keys=frozenset({"lora_unet_a.lora_down.weight", "lora_unet_a.alpha", "lora_unet_b.lora_down.weight"})
         ),
+        "alphas of attention": with_more(module("down_blocks.0.attn1.to_q", alpha=8.0)),
         "DoRA of kohya": with_subject(keys=frozenset({"lora_unet_a.dora_scale"})),
     },
 }

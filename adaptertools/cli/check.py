@@ -23,7 +23,7 @@ _BROKEN = 4
 @click.option("--max-rank", type=int, metavar="N", help="The highest rank that it is started with.")
 @click.option("--fix", "dst", metavar="DST", help="Write the file that does to DST.")
 @writing_options()
-@reading_options("--alpha")
+@reading_options()
 @output_options()
 @click.pass_context
 def command(

@@ -12,6 +12,7 @@ from adaptertools.module import Kind, ScaleRule, Target
 from adaptertools.names import leaf, parent
 
 _CONFIG = "adapter_config.json"
+_ATTENTION = re.compile(r"[._]to_(q|k|v|out[._]0)$")
 
 
 def holds(*features: Feature) -> Condition:
@@ -230,6 +231,14 @@ def without_alpha_key(subject: Subject) -> list[str]:
     prefixes = {key.rpartition(".lora_down")[0] for key in subject.keys if key.endswith(".lora_down.weight")}
     stated = {key.removesuffix(".alpha") for key in subject.keys if key.endswith(".alpha")}
     return sorted(f"{prefix} has no .alpha" for prefix in prefixes - stated) if stated else []
+
+
+def attention_of_other_alpha(subject: Subject) -> list[str]:
+    """Modules of attention whose alpha is not that of most modules."""
+    alphas = Counter(module.alpha for module in subject.adapter.modules)
+    usual = max(alphas, key=lambda alpha: alphas[alpha], default=0.0)
+    others = [module for module in subject.adapter.modules if module.alpha != usual]
+    return [f"{m.target} has alpha {m.alpha:g}, not {usual:g}" for m in others if _ATTENTION.search(str(m.target))]
 
 
 def scaling_beside_keys(subject: Subject) -> list[str]:

@@ -6,6 +6,7 @@ utils/peft_utils.py, for mixed ranks.
 
 from adaptertools.adapter import Feature
 from adaptertools.consumers.conditions import (
+    attention_of_other_alpha,
     changed_base,
     heads_but,
     holds,
@@ -45,6 +46,14 @@ CONSUMER = Consumer(
             without_alpha_key,
             CHANGES,
             "it is given the alpha that most have",
+            _CONVERSION,
+            formats=("kohya",),
+        ),
+        Rule(
+            "alphas of attention",
+            attention_of_other_alpha,
+            CHANGES,
+            "modules of attention are given the alpha that most have",
             _CONVERSION,
             formats=("kohya",),
         ),
