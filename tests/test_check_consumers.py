@@ -123,7 +123,8 @@ def test_diffusers_scales_wrongly_what_check_says_that_it_does_and_rightly_what_
     del tensors[next(key for key in tensors if key.endswith(".alpha"))]
     save_file(tensors, path)
     meant = adaptertools.read(path, base=saved_unet(tmp_path))
-    assert [finding.rule for finding in adaptertools.check(path, "diffusers").broken] == [".alpha for every module"]
+    broken = [finding.rule for finding in adaptertools.check(path, "diffusers").broken]
+    assert broken == [".alpha for every module", "alphas of attention"]
     assert not is_fused_as_meant(stable_diffusion, path, meant)
     adaptertools.fix(path, tmp_path / "fixed.safetensors", "diffusers")
     assert is_fused_as_meant(fresh(), tmp_path / "fixed.safetensors", meant)

@@ -89,8 +89,8 @@ def test_wrong_usage_exits_2(args: tuple[str, ...], run: Callable[..., Any]) -> 
 @pytest.mark.parametrize(
     ("args", "kind", "message"),
     [
-        (("convert", "src", "dst", "--to", "nonsense"), "BadParameter", "'nonsense' is not one of 'flax'"),
-        (("convert", "src", "dst"), "MissingParameter", "Missing option '--to'. Choose from: flax, "),
+        (("convert", "src", "dst", "--to", "nonsense"), "BadParameter", "'nonsense' is not one of 'diffusers'"),
+        (("convert", "src", "dst"), "MissingParameter", "Missing option '--to'. Choose from: diffusers, "),
         (("convert",), "MissingParameter", "Missing argument 'SRC'."),
         (("rescale", "src", "dst", "--alpha", "many"), "BadParameter", "'many' is not a valid float"),
         (("inspect", "src", "--nonsense"), "NoSuchOption", "No such option '--nonsense'"),

@@ -66,6 +66,7 @@ COMMANDS = {
     "estimate": ("estimate", "org/base", "--rank", "8"),
     "merge": ("merge", "org/base", "org/lora", "org/other", "out"),
     "verify": ("verify", "org/base", "org/lora", "org/merged"),
+    "check": ("check", "org/lora", "--for", "vllm"),
     "pull": ("pull", "org/lora", "out"),
     "push": ("push", "org/lora", "me/copy"),
 }

@@ -27,6 +27,7 @@ from adaptertools.merging import blocks, record, resume, shards
 from adaptertools.merging.plan import MergePlan
 from adaptertools.merging.record import NAME
 from adaptertools.merging.resume import resumable, staging_folder
+from adaptertools.merging.route import Route
 from adaptertools.merging.run import run_merge
 
 SHARDS = 6
@@ -264,8 +265,9 @@ def test_a_full_disk_is_found_before_any_work(base: Path, dst: Path, monkeypatch
 
 
 @pytest.fixture
-def half_done(base: Path, dst: Path) -> int:
-    """A merge that stopped half-way; the files that it finished."""
+def half_done(base: Path, dst: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+    """A merge, one file after the other, that stopped half-way; the files that it finished."""
+    monkeypatch.setattr(Route, "at_once", 1)
     with pytest.raises(StoppedMergeError, match="goes on from there"):
         merge_with_fault(60, errno.EIO, make_plan(base), dst)
     done = len(finished_files(dst))

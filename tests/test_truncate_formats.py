@@ -145,7 +145,10 @@ def test_a_size_holds_for_all_files_together(
         assert on_disk(dst) == ran.json["destination"]["nbytes_on_disk"] > 0.92 * most
         ranks = {row["rank_after"] for row in ran.json["truncate"]["modules"]}
         narrow = name in ("loralib", "gguf") and dtype is torch.bfloat16
-        assert len(ranks) > 1 or narrow, "the ranks are mixed, but where that would fold scalings in float32"
+        padded = name in ("mlx", "diffusers")
+        assert len(ranks) > 1 or narrow or padded, (
+            "mixed, but where scalings would be folded in float32, or ranks filled"
+        )
         assert ran.json["truncate"]["relative_error"] < 0.9
 
 

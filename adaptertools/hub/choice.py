@@ -11,11 +11,14 @@ from adaptertools.containers import sidecar
 from adaptertools.errors import AmbiguousFormatError, HubNotFoundError, UnknownFormatError, UnsafeFileError
 from adaptertools.hub.revision import Revision
 
-PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pth.lora")
 TENSORS = (".safetensors", ".msgpack", ".npz", ".gguf", *PICKLES)
 _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model"
 _ORBAX = "_METADATA"
+_RAW = re.compile(r"lit_model\.pth\.lora|adapter_(model|\d+)\.pt")
+"""What LitGPT and torchtune call their weights."""
+_BESIDE_RAW = ("hyperparameters.yaml", "model_config.yaml", "config.json")
 _OF_TRAINING = re.compile(
     r"(optimizer|scheduler|scaler|rng_state|training_args|trainer_state|global_step|random_states|zero_pp|mp_rank)"
 )
@@ -85,11 +88,13 @@ def _adapter(revision: Revision) -> Choice | None:
 def _in_folder(revision: Revision, folder: str) -> Choice | None:
     """An adapter whose format keeps it in a folder of its own, by the names that it gives its files."""
     names = directly(revision, folder)
-    weights = [*_weights(names), *_mlx_weights(names)]
-    if _CONFIG in names or weights:
-        if not weights:
+    weights = [*_weights(names), *_mlx_weights(names), *_diffusers_weights(names)]
+    raw = [] if weights else sorted(filter(_RAW.fullmatch, names), key=lambda name: (len(name), name))[-1:]
+    if _CONFIG in names or weights or raw:
+        if not weights and not raw:
             return None
-        wanted = [name for name in names if name in (_CONFIG, formats_sidecar()) or name in weights]
+        beside = (_CONFIG, formats_sidecar(), *(_BESIDE_RAW if raw else ()))
+        wanted = [name for name in names if name in beside or name in weights or name in raw]
         return Choice(tuple(join(folder, name) for name in wanted), folder)
     stem = _flax(names, revision, folder)
     return Choice(stem, folder) if stem else None
@@ -120,6 +125,13 @@ def _mlx_weights(names: Collection[str]) -> list[str]:
     return [name for name in WEIGHTS if name in names][:1]
 
 
+def _diffusers_weights(names: Collection[str]) -> list[str]:
+    """The weights under the name that diffusers gives them, in the safe one of two kinds of file."""
+    from adaptertools.dialects.diffusers.files import NAMES
+
+    return [name for name in NAMES if name in names][:1]
+
+
 def _flax(names: Collection[str], revision: Revision, folder: str) -> tuple[str, ...]:
     """The files of a Flax adapter that is written as such, a folder of Orbax's with all that stands in it."""
     for pattern in formats.get("flax").FILES:
@@ -134,7 +146,7 @@ def _below(revision: Revision, folder: str) -> Choice | None:
     homes = dict.fromkeys(
         parent(_relative(name, folder))
         for name in revision.below(folder)
-        if PurePosixPath(name).name == _CONFIG and _relative(name, folder) != _CONFIG
+        if _names_a_home(PurePosixPath(name).name) and parent(_relative(name, folder))
     )
     found = [home for home in sorted(homes) if _in_folder(revision, join(folder, home)) is not None]
     if len(found) > 1:
@@ -144,6 +156,11 @@ def _below(revision: Revision, folder: str) -> Choice | None:
             f"hf://{revision.repo_id}@{revision.address.revision or 'main'}/{example}"
         )
     return _in_folder(revision, join(folder, found[0])) if found else None
+
+
+def _names_a_home(name: str) -> bool:
+    """Whether an adapter stands in the folder of a file with this name."""
+    return name == _CONFIG or _RAW.fullmatch(name) is not None
 
 
 def _single(revision: Revision, folder: str) -> Choice | None:
@@ -181,6 +198,8 @@ def _one_file(revision: Revision, name: str) -> Choice:
     leaf = PurePosixPath(name).name
     beside = [leaf, f"{leaf}{sidecar.SUFFIX}", _CONFIG, formats_sidecar(), "flax_adapter.json"]
     shards = re.fullmatch(rf"({_WEIGHTS})-\d+-of-\d+\.(safetensors|bin)", leaf)
+    if _RAW.fullmatch(leaf):
+        beside += _BESIDE_RAW
     if shards:
         beside += [other for other in names if fnmatch(other, f"{_WEIGHTS}-*-of-*.{shards[2]}")]
         beside += [f"{_WEIGHTS}.{shards[2]}.index.json"]
