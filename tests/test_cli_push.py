@@ -37,6 +37,18 @@ def test_an_adapter_becomes_a_repository_that_others_can_use(
         assert (tmp_path / "back" / name).read_bytes() == (peft_folder / name).read_bytes()
 
 
+@pytest.mark.parametrize("case", ["litgpt/llama_all/final", "torchtune/llama/epoch_0"])
+def test_what_says_how_an_adapter_is_read_goes_and_comes_with_it(
+    case: str, hub: HubServer, tool: Tool, tmp_path: Path
+) -> None:
+    folder = BASE.parent / case
+    assert tool("push", folder, "me/new").code == 0
+    assert {path.name for path in folder.iterdir()} <= set(hub.files("me/new"))
+    assert tool("pull", "me/new", tmp_path / "back", "--allow-pickle").code == 0
+    before, after = adaptertools.read(folder), adaptertools.read(tmp_path / "back")
+    assert adaptertools.diff(before, after, tolerance=0.0).same
+
+
 def test_json_says_all_of_it(hub: HubServer, peft_folder: Path, tool: Tool) -> None:
     (peft_folder / "optimizer.pt").write_bytes(b"x")
     ran = tool("push", peft_folder, "me/new", "--private", "--message", "first", "--json")

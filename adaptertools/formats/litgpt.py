@@ -43,7 +43,7 @@ SUMMARY = "LitGPT: lit_model.pth.lora with hyperparameters.yaml and model_config
 CONTAINERS: tuple[str, ...] = ()
 FOLDER = True
 CONFIG = HYPERPARAMETERS
-FILES: tuple[str, ...] = ()
+FILES = ("lit_model.pth.lora", HYPERPARAMETERS, MODEL)
 CARRIES = frozenset({Feature.FUSED_ROWS})
 
 

@@ -52,7 +52,7 @@ SUMMARY = "torchtune: the raw adapter_model.pt or adapter_N.pt of its recipes"
 CONTAINERS: tuple[str, ...] = ()
 FOLDER = True
 CONFIG = peft_config.FILE
-FILES: tuple[str, ...] = ()
+FILES = ("adapter_model.pt", "adapter_[0-9]*.pt", CONFIG)
 CARRIES = frozenset({Feature.DORA, Feature.FUSED_ROWS})
 
 _QKV = ("q_proj", "k_proj", "v_proj")

@@ -33,6 +33,8 @@ _BESIDE = (
 )  # fmt: skip
 """What is of use beside an adapter as well as beside a model, and must be passed on with it."""
 _OF_A_MODEL = ("config.json", "generation_config.json", "*.py", MERGE_RECORD)
+_BY_WHICH_IT_IS_READ = {"torchtune": ("config.json",)}
+"""What says of the base model how an adapter of a format is to be read; never the adapter's own to replace."""
 _TEMPLATES = "additional_chat_templates"
 _STALE_OF_A_MODEL = (
     "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json",
@@ -46,7 +48,7 @@ _OF_TRAINING = (
 _SECOND = ("adapter_model*.bin", "adapter_model*.bin.index.json", "pytorch_model*.bin", "pytorch_model*.bin.index.json")
 _SECRET = re.compile(rb"\bhf_[A-Za-z0-9]{30,}")
 _MOST_TEXT = 1 << 20
-_TENSORS = (".safetensors", ".bin", ".pt", ".pth", ".msgpack", ".npz", ".gguf")
+_TENSORS = (".safetensors", ".bin", ".pt", ".pth", ".msgpack", ".npz", ".gguf", ".pth.lora")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,7 +131,8 @@ def adapter_contents(source: Source, format: str, adapter: Adapter | None) -> Co
         own = {
             name: file for entry in entries if _is_weights(entry, source) for name, file in _with_sidecar(entry).items()
         }
-    return _checked(_gathered(path, own, _BESIDE, format=format, adapter=adapter, owned=owned))
+    beside = (*_BESIDE, *_BY_WHICH_IT_IS_READ.get(format, ()))
+    return _checked(_gathered(path, own, beside, format=format, adapter=adapter, owned=owned))
 
 
 def model_contents(folder: Path) -> Contents:
