@@ -127,3 +127,20 @@ def test_the_history_says_what_was_chosen(adapter: Adapter) -> None:
     chosen = select(adapter, only=["self_attn"], rename=["model=m"])
     assert chosen.history[-1].to_json() == {"operation": "select", "only": ["self_attn"], "rename": ["model=m"]}
     assert adapter.history == ()
+
+
+def test_the_modules_of_one_of_several_models_are_chosen_by_its_name() -> None:
+    modules = tuple(
+        LoraModule(
+            target=Target(component=component, parameter=name),
+            lora_A=torch.ones(1, 2),
+            lora_B=torch.ones(2, 1),
+            alpha=1.0,
+        )
+        for component, name in (("unet", "a.to_q"), ("unet", "a.to_k"), ("text_encoder", "a.to_q"))
+    )
+    adapter = Adapter(modules=modules)
+    for pattern, left in (("unet:*", 2), ("unet:", 2), ("unet:to_q", 1), ("to_q", 2), ("text_encoder:a.*", 1)):
+        assert len(select(adapter, only=[pattern]).modules) == left
+    with pytest.raises(OptionError, match="fits no target"):
+        select(adapter, only=["text_encoder_2:*"])

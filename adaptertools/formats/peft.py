@@ -248,7 +248,7 @@ def _check_names(adapter: Adapter) -> None:
     if len(components) > 1:
         raise UnsupportedFeatureError(
             f"the adapter is for several models ({', '.join(components)}), a PEFT folder for one. "
-            "Write each with --only"
+            "Write each with --only 'COMPONENT:*'"
         )
     opaque = [module.target.parameter for module in adapter.modules if module.target.opaque]
     if opaque:

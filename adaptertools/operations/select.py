@@ -20,16 +20,16 @@ def select(
     """The modules and weights that `only` names, without those that `exclude` names, renamed.
 
     `only` and `exclude` are glob patterns. One fits the name of a target or of a stored weight, whole or its last
-    parts, or that of a module it lies in: `q_proj`, `model.layers.1.*`, `vision_tower`. `rename` are `REGEX=NEW`,
-    split at the last `=`; each in turn replaces what it finds in every name that is left. `left_out` says what stays
-    behind.
+    parts, or that of a module it lies in: `q_proj`, `model.layers.1.*`, `vision_tower`; `unet:*` are those of one of
+    several models. `rename` are `REGEX=NEW`, split at the last `=`; each in turn replaces what it finds in every name
+    that is left. `left_out` says what stays behind.
 
     Raises: OptionError for a pattern that fits nothing, with names near it; for a faulty expression; if nothing is left
             DuplicateTargetError if two names become one
     """
     known = _names(adapter)
     for pattern in (*only, *exclude):
-        if not any(_fits(pattern, name) for name in known.values()):
+        if not any(_fits(pattern, shown, name) for shown, name in known.items()):
             raise OptionError(f"{pattern!r} fits no target and no stored weight of the adapter{_near(pattern, known)}")
     dropped = set(left_out(adapter, only=only, exclude=exclude))
     if dropped == known.keys():
@@ -51,8 +51,8 @@ def left_out(adapter: Adapter, *, only: Sequence[str] = (), exclude: Sequence[st
     return tuple(
         shown
         for shown, name in _names(adapter).items()
-        if (only and not any(_fits(pattern, name) for pattern in only))
-        or any(_fits(pattern, name) for pattern in exclude)
+        if (only and not any(_fits(pattern, shown, name) for pattern in only))
+        or any(_fits(pattern, shown, name) for pattern in exclude)
     )
 
 
@@ -62,14 +62,21 @@ def _names(adapter: Adapter) -> dict[str, str]:
     return targets | {name: name for name in (*adapter.full_weights, *adapter.row_weights)}
 
 
-def _fits(pattern: str, name: str) -> bool:
+def _fits(pattern: str, shown: str, name: str) -> bool:
+    component, colon, within = pattern.partition(":")
+    if colon:
+        return shown.startswith(f"{component}:") and (not within or _is_named(within, name))
+    return _is_named(pattern, name)
+
+
+def _is_named(pattern: str, name: str) -> bool:
     parts = name.split(".")
     return any(matches(pattern, ".".join(parts[:count])) for count in range(len(parts), 0, -1))
 
 
 def _near(wanted: str, known: Iterable[str]) -> str:
     names = list(known)
-    leaves = sorted({leaf(name) for name in names})
+    leaves = sorted({leaf(name) for name in names} - {*names})
     near = difflib.get_close_matches(wanted, [*leaves, *names], n=3, cutoff=0.5) or leaves[:5]
     return f". Its names are like {', '.join(near)}"
 

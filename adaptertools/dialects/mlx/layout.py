@@ -47,7 +47,7 @@ def arrange(
     if len(components) > 1:
         raise UnsupportedFeatureError(
             f"the adapter is for several models ({', '.join(components)}), an MLX adapter for one. "
-            "Write each with --only"
+            "Write each with --only 'COMPONENT:*'"
         )
     for module in modules:
         name = _check(module)
