@@ -168,6 +168,11 @@ HEAD = whole("qa_outputs.weight")
 ABSENT = with_subject(unmatched=("model.layers.7.self_attn.q_proj",))
 NO_RANK = with_config(r=None)
 
+GPT2 = with_modules(
+    lambda m: replace(m, target=Target(parameter=m.target.parameter.replace("model.layers", "transformer.h")))
+)
+GPT2_NAMES = together(GPT2, with_subject(model_type="gpt2"))
+
 _BEYOND: dict[str, Change] = {
     "rank": together(HIGHER, with_config(r=96, lora_alpha=96), with_subject(cap=64)),
     "lora_bias": BIASED,
@@ -249,6 +254,7 @@ BREAKING: dict[str, dict[str, Change]] = {
         "configuration": with_config(lora_parameters={"rank": 16, "scale": 1.0, "keys": ["self_attn.q_proj"]}),
         "keys": with_config(lora_parameters={"rank": 16, "scale": 1.0, "dropout": 0.0, "keys": ["mlp.up_proj"]}),
         "convolutions": with_first(lambda m: replace(m, kind=Kind.CONV, shape=(20, 6, 2, 2))),
+        "names of GPT-2": GPT2_NAMES,
         "number of layers": with_config(num_layers=None),
         "stated rank": with_config(
             lora_parameters={"rank": 8, "scale": 1.0, "dropout": 0.0, "keys": ["self_attn.q_proj"]}

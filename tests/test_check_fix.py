@@ -13,7 +13,7 @@ from torch import Tensor
 
 import adaptertools
 from adaptertools.adapter import Adapter, Base, FullWeight, RowSlice, WeightRole
-from adaptertools.errors import MatchError, UnsupportedFeatureError
+from adaptertools.errors import MatchError, OptionError, UnsupportedFeatureError
 from adaptertools.module import LoraModule, ScaleRule, Target
 from adaptertools.operations import low_rank
 
@@ -327,6 +327,35 @@ def test_the_source_stays_as_it_was_and_the_history_says_what_was_done(folder: P
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     last = adaptertools.read(tmp_path / "fixed").history[-1]
     assert (last.operation, last.source, last.details["for"]) == ("fix", "uneven", "sglang")
+
+
+def test_names_of_gpt2_are_refused_for_mlx_lm(uneven: Adapter, tmp_path: Path) -> None:
+    gpt2 = replace(uneven, modules=(module(0, "q", 4, target=Target(parameter="transformer.h.0.attn.c_attn")),))
+    place = adaptertools.write(gpt2, tmp_path / "gpt2", format="peft").path
+    with pytest.raises(UnsupportedFeatureError, match="--base a checkpoint that mlx-lm saved"):
+        adaptertools.fix(place, tmp_path / "fixed", "mlx")
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    save_file({"model.h.0.attn.c_attn.weight": torch.ones(24, 24)}, saved / "model.safetensors", {"format": "mlx"})
+    (saved / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    adaptertools.convert(place, tmp_path / "mlx", to="mlx", base=saved)
+    found = {finding.rule: finding.verdict for finding in adaptertools.check(tmp_path / "mlx", "mlx").findings}
+    assert (found["names of GPT-2"], found["keys"]) == ("ok", "ok")
+    assert adaptertools.fix(place, tmp_path / "fixed", "mlx", base=saved).after.passes
+
+
+@pytest.mark.parametrize("given", [None, Adapter(modules=(module(0, "q_proj", 4),))], ids=["nothing", "adapter"])
+def test_what_is_no_place_is_refused(given: Any, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="expected a path or an address"):
+        adaptertools.check(given, "vllm")
+    with pytest.raises(OptionError, match="expected a path or an address"):
+        adaptertools.fix(given, tmp_path / "fixed", "vllm")
+
+
+@pytest.mark.parametrize("options", [{"max_rank": "8"}, {"version": 5}], ids=["max_rank", "version"])
+def test_options_of_another_type_are_refused(options: dict[str, Any], folder: Path) -> None:
+    with pytest.raises(OptionError, match="expected"):
+        adaptertools.check(folder, "vllm", **options)
 
 
 def test_fixing_what_is_in_order_loses_nothing(plain: Adapter, peft_folder: Path, tmp_path: Path) -> None:

@@ -1,17 +1,20 @@
 """`adaptertools check`: what it says, the exit codes that a script goes by, and the file that --fix writes."""
 
 import json
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import Ran
 
 import adaptertools
 from adaptertools.adapter import Adapter, ScaleRule
 
 Run = Callable[..., Ran]
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 
 
 def lines(ran: Ran) -> list[str]:
@@ -29,7 +32,10 @@ def test_what_loads_exits_with_zero_and_lists_every_rule(run: Run, peft_folder: 
     ran = run("check", peft_folder, "--for", "vllm")
     assert (ran.code, ran.err) == (0, "")
     said = lines(ran)
-    assert said[0] == f"{peft_folder} (peft) loads and means the same: vLLM 0.33.0, ranks up to 16"
+    assert (
+        said[0]
+        == f"{peft_folder} (peft) loads and means the same, as far as it was checked: vLLM 0.33.0, ranks up to 16"
+    )
     assert said[2] == "RULE VERDICT REASON"
     assert said[3] == "format ok vLLM loads peft"
     assert said[-1] == "names in the base not checked needs --base"
@@ -58,7 +64,52 @@ def test_the_version_chooses_the_rules_and_says_when_it_was_not_read(run: Run, r
 
 def test_the_one_state_that_was_read_counts_for_every_version(run: Run, peft_folder: Path) -> None:
     ran = run("check", peft_folder, "--for", "tensorrt-llm", "--version", "0.21")
-    assert lines(ran)[1] == ("note one state of TensorRT-LLM was read, 007e181: its rules count for every version")
+    assert lines(ran)[1] == (
+        "note 2 states of TensorRT-LLM were read, 037d4ba, 007e181: their rules count for every version"
+    )
+
+
+@pytest.mark.parametrize(("consumer", "version"), [("ollama", "01cf744"), ("vllm", "v0.11.0"), ("vllm", "0.11")])
+def test_a_version_that_was_read_needs_no_note(run: Run, peft_folder: Path, consumer: str, version: str) -> None:
+    assert run("check", peft_folder, "--for", consumer, "--version", version, "--json").json["notes"] == []
+
+
+def test_the_notes_of_the_reader_are_shown_by_check_and_by_fix(run: Run, tmp_path: Path) -> None:
+    place = FIXTURES / "torchtune" / "qwen2_exported" / "epoch_0"
+    notes = adaptertools.read(place).notes
+    assert any("is not the adapter that was trained" in note for note in notes)
+    ran = run("check", place, "--for", "vllm")
+    assert [f"note {note}" for note in notes] == lines(ran)[1 : 1 + len(notes)]
+    assert run("check", place, "--for", "vllm", "--json").json["notes"] == list(notes)
+    ran = run("check", place, "--for", "vllm", "--fix", tmp_path / "fixed")
+    assert {f"note {note}" for note in notes} <= set(lines(ran))
+    ran = run("check", place, "--for", "vllm", "--fix", tmp_path / "again", "--json")
+    assert set(notes) <= set(ran.json["notes"])
+
+
+def test_the_error_of_a_fix_is_said_to_be_beside_what_was_dropped(run: Run, plain: Adapter, tmp_path: Path) -> None:
+    held = plain.map_modules(lambda m: replace(m, magnitude=torch.ones(m.out_features)))
+    place = adaptertools.write(held, tmp_path / "dora", format="peft").path
+    given = ("check", place, "--for", "vllm", "--drop", "dora")
+    assert "error 0, beside what was dropped: dora" in lines(run(*given, "--fix", tmp_path / "fixed"))
+    document = run(*given, "--fix", tmp_path / "again", "--json").json
+    assert (document["relative_error"], document["error_is_beside"], document["exact"]) == (0, ["dora"], False)
+
+
+def test_the_command_that_helps_has_the_options_that_were_given(run: Run, rslora_folder: Path, tmp_path: Path) -> None:
+    place = rslora_folder.rename(tmp_path / "two words")
+    given = ["--for", "vllm", "--version", "0.6.6", "--max-rank", "16", "--from", "peft"]
+    ran = run("check", place, *given)
+    said = lines(ran)[-1].removeprefix("The file that does: ")
+    assert shlex.split(said) == ["adaptertools", "check", str(place), *given, "--fix", "DST"]
+    assert run(*shlex.split(said)[1:-1], tmp_path / "fixed").code == 0
+
+
+def test_no_command_is_named_where_no_fix_is_known(run: Run) -> None:
+    ran = run("check", FIXTURES / "peft" / "gpt2", "--for", "tensorrt-llm")
+    assert ran.code == 4
+    assert lines(ran)[-1] == "--fix cannot mend list of modules: no way known"
+    assert "--fix DST" not in ran.out
 
 
 def test_a_rank_over_the_cap_is_shown_with_both_numbers(run: Run, peft_folder: Path) -> None:
@@ -117,7 +168,7 @@ def test_what_cannot_be_mended_exits_with_one_and_the_way_out(run: Run, plain: A
     assert ran.code == 1
     assert "aLoRA (invocation tokens): --drop alora lets it act on every token" in ran.err
     ran = run("check", place, "--for", "vllm")
-    assert lines(ran)[-1] == "But first, aLoRA: --drop alora lets it act on every token"
+    assert lines(ran)[-1] == "--fix cannot mend aLoRA: --drop alora lets it act on every token"
 
 
 def test_an_existing_destination_is_refused_unless_it_may_be_replaced(

@@ -17,7 +17,8 @@ from proof import assert_diff_proves
 from safetensors.torch import load_file, save_file
 
 import adaptertools
-from adaptertools.adapter import Adapter, Base, HistoryEntry, Kind, LoraModule, ScaleRule, Target
+from adaptertools import formats
+from adaptertools.adapter import Adapter, Base, Feature, HistoryEntry, Kind, LoraModule, ScaleRule, Target
 from adaptertools.dialects.gguf.families import BY_ARCHITECTURE, FAMILIES
 from adaptertools.dialects.gguf.names import template
 from adaptertools.errors import (
@@ -32,6 +33,7 @@ from adaptertools.errors import (
     UnclaimedTensorError,
     UnsupportedFeatureError,
 )
+from adaptertools.operations.select import select
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "gguf"
 CASES = sorted(path.parent for path in FIXTURES.glob("*/case.json"))
@@ -123,6 +125,31 @@ def test_without_a_base_such_a_file_keeps_its_own_names_and_everything_but_turni
     assert (ran.code, "Read the adapter with --base" in ran.err) == (1, True)
     with pytest.raises(MatchError, match="in GGUF 'qwen2'"):
         adaptertools.read(path, base=make_base(tmp_path / "other", "qwen2"))
+
+
+def test_what_a_header_says_and_is_not_carried_is_named(tmp_path: Path) -> None:
+    adapter = adaptertools.read(FIXTURES / "qwen2_bf16" / "adapter.gguf")
+    said = {**adapter.metadata["gguf"], "about": {"general.author": "me"}, "other": {"general.tags": '["x"]'}}
+    adapter = replace(adapter, metadata={"gguf": said})
+    again = written(adapter, tmp_path / "a.gguf")
+    assert "metadata of gguf not carried: 1 entry (general.tags)" in again.notes
+    peft = adaptertools.write(adapter, tmp_path / "peft", format="peft")
+    assert "metadata of gguf not carried: 2 entries (general.author, general.tags)" in peft.notes
+    flax = adaptertools.write(adapter, tmp_path / "flax.msgpack", format="flax")
+    assert not [note for note in flax.notes if "not carried" in note]
+
+
+@pytest.mark.parametrize("name", [name for name in formats.names() if formats.get(name).CONTAINERS and name != "gguf"])
+def test_rows_in_the_order_of_llama_cpp_go_into_no_other_format(name: str, tmp_path: Path, run: Run) -> None:
+    path, dst = FIXTURES / "llama_f32" / "adapter.gguf", tmp_path / "out"
+    ran = run("convert", path, dst, "--to", name)
+    assert (ran.code, "Read the adapter with --base" in ran.err, dst.exists()) == (1, True, False)
+    renamed = select(adaptertools.read(path), rename=[r"^blk\.(\d+)\.=lora_unet_\1_"])
+    assert all(module.target.opaque for module in renamed.modules)
+    for adapter in (renamed, replace(renamed, origin=None), replace(renamed, metadata={})):
+        kept = adapter.without(Feature.EMBEDDING)
+        with pytest.raises(UnsupportedFeatureError, match="Read the adapter with --base"):
+            adaptertools.write(kept, dst, format=name)
 
 
 def test_where_no_row_was_moved_names_are_told_without_a_base(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from adaptertools.errors import (
     NonFiniteError,
     OptionError,
     ShapeError,
+    UnpairedFactorError,
     UnsupportedFeatureError,
 )
 
@@ -608,3 +610,20 @@ def test_values_that_are_not_finite_are_refused_before_anything_is_written(tmp_p
     with pytest.raises(NonFiniteError, match="lora_up"):
         adaptertools.write(Adapter(modules=(module,)), tmp_path / "x.safetensors", format="kohya")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_in_a_module_names_the_file(tmp_path: Path) -> None:
+    save_file({"lora_unet_a.lora_down.weight": torch.ones(2, 4)}, tmp_path / "half.safetensors")
+    with pytest.raises(UnpairedFactorError, match=r"half\.safetensors: lora_unet_a: lora_down"):
+        adaptertools.read(tmp_path / "half.safetensors")
+
+
+def test_what_training_said_and_another_format_does_not_hold_is_named(tmp_path: Path) -> None:
+    factors = {"lora_unet_a.lora_down.weight": torch.ones(2, 4), "lora_unet_a.lora_up.weight": torch.ones(3, 2)}
+    save_file(factors, tmp_path / "a.safetensors", {"ss_epoch": "3", "modelspec.title": "a", "format": "pt"})
+    adapter = adaptertools.read(tmp_path / "a.safetensors")
+    named = replace(adapter, modules=tuple(replace(m, target=Target(parameter="a")) for m in adapter.modules))
+    report = adaptertools.write(named, tmp_path / "peft", format="peft")
+    assert "metadata of kohya not carried: 2 entries (modelspec.title, ss_epoch)" in report.notes
+    same = adaptertools.write(adapter, tmp_path / "again.safetensors", format="kohya")
+    assert not [note for note in same.notes if "not carried" in note]

@@ -18,7 +18,7 @@ from adaptertools.containers.checkpoint import Checkpoint
 from adaptertools.containers.pipeline import Model, Pipeline, open_model
 from adaptertools.containers.source import Source
 from adaptertools.dialects.peft import files as peft_files
-from adaptertools.errors import MatchError, UnsupportedFeatureError
+from adaptertools.errors import MatchError, OptionError, UnsupportedFeatureError
 from adaptertools.merging.match import Names
 from adaptertools.operations.plain import Plain, plain
 
@@ -42,6 +42,7 @@ class Case:
     @classmethod
     def of(cls, name: str, version: str | None, max_rank: int | None, base: Given | None, token: str | None) -> Self:
         """Raises: OptionError; HubError and the like for the base model"""
+        _expect_types(version, max_rank)
         consumer = consumers.get(name)
         read = consumer.read_version(version)
         cap = consumer.cap(read, max_rank)
@@ -61,7 +62,7 @@ class Case:
         known: dict[str, Any] = {"config": source.document(_CONFIG) or {}}
         if stands_as in _FOLDERS:
             known["files"] = source.file_names
-        else:
+        if stands_as != "peft":
             held = [source.tensors(name) for name in source.tensor_names]
             known["keys"] = frozenset(key for file in held for key in file.tensors)
         return self.judge(adapter, stands_as, known)
@@ -185,6 +186,14 @@ class Case:
         text = self._config.get("text_config")
         stated = [part.get(name) for part in (self._config, text) if isinstance(part, Mapping) for name in _LAYERS]
         return next((count for count in stated if type(count) is int), None)
+
+
+def _expect_types(version: object, max_rank: object) -> None:
+    """Raises: OptionError"""
+    if version is not None and not isinstance(version, str):
+        raise OptionError(f"version is {version!r}, expected text such as '0.11.0'")
+    if max_rank is not None and (not isinstance(max_rank, int) or isinstance(max_rank, bool)):
+        raise OptionError(f"max rank is {max_rank!r}, expected a number from 1 on")
 
 
 def _is_tied_head(target: Target, model: Checkpoint) -> bool:

@@ -1,6 +1,8 @@
 """Whether an adapter loads and means the same in a program that serves it, and the file that does."""
 
 import math
+import os
+import shlex
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -8,38 +10,29 @@ from pathlib import Path
 from typing import Any
 
 from adaptertools import consumers, containers, formats
-from adaptertools.adapter import Adapter, HistoryEntry
+from adaptertools.adapter import Adapter, HistoryEntry, merge_notes
 from adaptertools.api.case import Case
 from adaptertools.api.places import Given, localize
 from adaptertools.api.reading import read
 from adaptertools.api.writing import WriteReport, give_up, write
 from adaptertools.consumers.judge import Finding
-from adaptertools.containers.source import Source
-from adaptertools.errors import UnsupportedFeatureError
+from adaptertools.consumers.mending import MENDED, WAYS_OUT
+from adaptertools.consumers.rule import UNCHECKED, Consumer, version_number
+from adaptertools.containers.source import Located, Source
+from adaptertools.errors import OptionError, UnsupportedFeatureError
+from adaptertools.hub.address import Address
 from adaptertools.operations.diff import diff
 from adaptertools.operations.difference import Difference
 from adaptertools.operations.plain import Plain
 
-_MERGE = "merge it into the base model (adaptertools merge)"
-_WAYS_OUT = {
-    "DoRA": f"--base BASE makes it the nearest LoRA; or {_MERGE}",
-    "heads": f"{_MERGE}, or --drop full-weights",
-    "bias": f"{_MERGE}, or --drop bias",
-    "lora_bias": f"{_MERGE}, or --drop lora-bias",
-    "token rows": f"{_MERGE}, or --drop token-rows",
-    "changed base": "PEFT's path_initial_model_for_weight_conversion makes it a plain one; on a base that has the "
-    "change already, --drop changed-base",
-    "layer replication": f"{_MERGE}",
-    "aLoRA": "--drop alora lets it act on every token",
-    "names in the base": "adaptertools convert --rename or --exclude",
-    "module names": "read it with --base, so that its names become module paths",
-}
-"""What to do about what `fix` cannot mend, by rule."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
-    """What the rules of a consumer say of an adapter. `version` is the one whose source was read."""
+    """What the rules of a consumer say of an adapter. `version` is the one whose source was read.
+
+    `unmended` are the rules that `fix` cannot mend, as far as the rules tell. `asked` are the options that were given,
+    as the command line spells them. `notes` are those of the version and of the reader.
+    """
 
     label: str
     format: str
@@ -49,11 +42,18 @@ class Check:
     max_rank: int | None
     findings: tuple[Finding, ...]
     notes: tuple[str, ...] = ()
+    unmended: tuple[str, ...] = ()
+    asked: tuple[str, ...] = ()
 
     @property
     def passes(self) -> bool:
-        """Whether it loads there and means the same."""
+        """Whether it loads there and means the same, as far as it was checked."""
         return not self.broken
+
+    @property
+    def unchecked(self) -> tuple[Finding, ...]:
+        """The findings that say nothing."""
+        return tuple(finding for finding in self.findings if finding.verdict is UNCHECKED)
 
     @property
     def broken(self) -> tuple[Finding, ...]:
@@ -66,7 +66,8 @@ class Fixed:
     """The file that loads: how it was made, what it cost, and what the rules say of it.
 
     `difference` is what sets it apart from the source; of DoRA that became LoRA it knows nothing, but
-    `plain.decomposed` does. `relative_error` counts both: ‖ΔW' − ΔW‖ / ‖ΔW‖, at most.
+    `plain.decomposed` does. `relative_error` counts both: ‖ΔW' − ΔW‖ / ‖ΔW‖, at most; what was dropped counts in
+    neither.
     """
 
     before: Check
@@ -87,6 +88,16 @@ class Fixed:
             return self.difference.relative_distance
         norm = math.hypot(self.difference.norm or 0.0, apart.error)  # what was cut off is orthogonal to what is left
         return (self.difference.distance + apart.error) / norm if norm else 0.0
+
+    @property
+    def dropped(self) -> tuple[str, ...]:
+        """The features that were given up, which `relative_error` knows nothing of."""
+        return tuple(dict.fromkeys(item.partition(": ")[0] for item in self.report.dropped))
+
+    @property
+    def exact(self) -> bool:
+        """Whether the file means the very same: nothing was dropped, cut off or rounded."""
+        return self.relative_error == 0 and not self.dropped and self.report.exact
 
 
 def check(
@@ -109,9 +120,9 @@ def check(
             AdapterToolsError of the reader
     """
     case = Case.of(consumer, version, max_rank, base, token)
-    source = Source(localize(src, token=token))
+    source = _source(src, token)
     adapter = read(_place(source, src), base=base, token=token, **read_options)
-    return _check(case, source, adapter, version, read_options.get("adapter_name"))
+    return _check(case, source, adapter, version, read_options.get("adapter_name"), max_rank)
 
 
 def fix(
@@ -140,9 +151,9 @@ def fix(
     """
     case = Case.of(consumer, version, max_rank, base, token)
     options = dict(read_options or {})
-    source = Source(localize(src, token=token))
+    source = _source(src, token)
     adapter = read(_place(source, src), base=base, token=token, **options)
-    before = _check(case, source, adapter, version, options.get("adapter_name"))
+    before = _check(case, source, adapter, version, options.get("adapter_name"), max_rank)
     kept, dropped = give_up(adapter, drop)
     made = case.plain(kept, allow_nonfinite=allow_nonfinite)
     target = target_format(before)
@@ -158,7 +169,7 @@ def fix(
     return Fixed(
         before=before,
         after=replace(after, label=str(report.path)),
-        report=replace(report, dropped=dropped),
+        report=replace(report, dropped=dropped, notes=merge_notes(before.notes, report.notes)),
         plain=made,
         difference=difference,
     )
@@ -166,21 +177,27 @@ def fix(
 
 def target_format(found: Check) -> str:
     """The format that `fix` writes: the consumer's own, or that of the source where either will do."""
-    consumer = consumers.get(found.consumer)
-    return found.format if found.format in consumer.keeps else consumer.writes
+    return _target(found.format, consumers.get(found.consumer))
 
 
-def fix_command(found: Check) -> str:
-    """The command that writes the file that loads."""
-    options = [f"--for {found.consumer}"]
-    if found.max_rank is not None and found.max_rank != consumers.get(found.consumer).max_rank:
-        options.append(f"--max-rank {found.max_rank}")
-    return f"adaptertools check {found.label} {' '.join(options)} --fix DST"
+def fix_command(found: Check, *options: str) -> str | None:
+    """The command that writes the file that loads; None where something stands in the way that `fix` cannot mend.
+
+    `options` are further ones that the source was read with.
+    """
+    if found.passes or found.unmended:
+        return None
+    words = ["adaptertools", "check", found.label, "--for", found.consumer, *found.asked, *options, "--fix", "DST"]
+    return shlex.join(words)
 
 
 def ways_out(found: Check) -> dict[str, str]:
-    """What to do about each broken rule that `fix` cannot mend alone."""
-    return {finding.rule: _WAYS_OUT[finding.rule] for finding in found.broken if finding.rule in _WAYS_OUT}
+    """What to do about each broken rule that `fix` cannot mend."""
+    return {} if found.passes else {rule: WAYS_OUT.get(rule, "no way known") for rule in found.unmended}
+
+
+def _target(format: str, consumer: Consumer) -> str:
+    return format if format in consumer.keeps else consumer.writes
 
 
 def _steps(done: Plain) -> Iterator[str]:
@@ -202,41 +219,81 @@ def _steps(done: Plain) -> Iterator[str]:
         yield f"left out, being untrained: {', '.join(done.left_out)}"
 
 
+def _source(src: Given, token: str | None) -> Source:
+    """Raises: OptionError for what is neither a path nor an address, such as an adapter that was read already"""
+    if not isinstance(src, str | os.PathLike | Located | Address):
+        raise OptionError(f"expected a path or an address on the Hub, not {type(src).__name__}")
+    return Source(localize(src, token=token))
+
+
 def _place(source: Source, src: Given) -> Given:
     """Where the files are, so that an address on the Hub is resolved once."""
     return source.place if source.place is not None else src
 
 
-def _check(case: Case, source: Source, adapter: Adapter, asked: str | None, adapter_name: str | None) -> Check:
+def _check(
+    case: Case,
+    source: Source,
+    adapter: Adapter,
+    asked: str | None,
+    adapter_name: str | None,
+    max_rank: int | None = None,
+) -> Check:
     assert adapter.origin is not None
+    stands_as = adapter.origin.format
     return Check(
         label=source.label,
-        format=adapter.origin.format,
+        format=stands_as,
         consumer=case.consumer.name,
         title=case.consumer.title,
         version=case.version,
         max_rank=case.cap,
         findings=case.judge_files(source, adapter, adapter_name),
-        notes=_notes(case, asked),
+        notes=merge_notes(_notes(case, asked), adapter.notes),
+        unmended=_unmended(case, adapter, _target(stands_as, case.consumer)),
+        asked=_asked(case, asked, max_rank),
     )
 
 
 def _notes(case: Case, asked: str | None) -> tuple[str, ...]:
-    read = case.consumer.versions
-    if asked is None or asked == case.version:
+    consumer, read = case.consumer, case.consumer.versions
+    if asked is None or _is_read(case, asked):
         return ()
-    if len(read) == 1:
-        return (f"one state of {case.consumer.title} was read, {read[0]}: its rules count for every version",)
+    if not consumer.released:
+        states = "one state" if len(read) == 1 else f"{len(read)} states"
+        verb, whose = ("was", "its") if len(read) == 1 else ("were", "their")
+        return (f"{states} of {consumer.title} {verb} read, {', '.join(read)}: {whose} rules count for every version",)
     return (f"{asked} itself was not read: its rules are those of {case.version}. Read were {', '.join(read)}",)
+
+
+def _is_read(case: Case, asked: str) -> bool:
+    """Whether the version asked for is the one read, as `v0.11.0` is 0.11.0."""
+    if not case.consumer.released:
+        return asked.startswith(case.version)
+    return version_number(asked) == version_number(case.version)
+
+
+def _asked(case: Case, version: str | None, max_rank: int | None) -> tuple[str, ...]:
+    given = {"--version": version, "--max-rank": max_rank, "--base": case.base}
+    return tuple(word for name, value in given.items() if value is not None for word in (name, _word(value)))
+
+
+def _word(value: object) -> str:
+    return str(value.path) if isinstance(value, Located) else str(value)
+
+
+def _unmended(case: Case, adapter: Adapter, format: str) -> tuple[str, ...]:
+    """The rules that would still be broken by a plain adapter, of all that can be told without making it."""
+    broken = [finding.rule for finding in case.judge(adapter, format) if not finding.passes]
+    mended = (*MENDED, "DoRA") if case.base is not None else MENDED
+    return tuple(rule for rule in dict.fromkeys(broken) if rule not in mended)
 
 
 def _expect_mended(case: Case, adapter: Adapter, format: str) -> None:
     """Raises: UnsupportedFeatureError that names what stands in the way, and the way out of it"""
     broken = [finding for finding in case.judge(adapter, format) if not finding.passes]
     if broken:
-        said = [
-            f"{finding.rule} ({_few(finding)}): {_WAYS_OUT.get(finding.rule, 'no way known')}" for finding in broken
-        ]
+        said = [f"{finding.rule} ({_few(finding)}): {WAYS_OUT.get(finding.rule, 'no way known')}" for finding in broken]
         raise UnsupportedFeatureError(f"not to be mended for {case.consumer.title}: {'. '.join(said)}")
 
 

@@ -1,6 +1,8 @@
 """Write adapters: to a path, to an address on the Hub, or as tensors in memory."""
 
 import inspect
+import json
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +30,9 @@ from adaptertools.encoding import Encoder, Loss
 from adaptertools.errors import OptionError
 from adaptertools.hub.address import Address
 from adaptertools.tensors import materialize, parse_dtype
+
+_HEADERS = ("header", "about", "other")
+"""Where the metadata of an adapter holds the entries of a file's header."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +122,7 @@ def write(
         nbytes_on_disk=nbytes_on_disk,
         modules=len(kept.modules),
         losses=tuple(encoder.losses),
-        notes=merge_notes(adapter.notes, artifact.notes, behind, unheld),
+        notes=merge_notes(adapter.notes, artifact.notes, behind, unheld, _not_carried(kept, artifact)),
         dropped=tuple(
             f"{feature}: {name}" for feature in map(parse_feature, drop) for name in adapter.holders(feature)
         ),
@@ -255,6 +260,22 @@ def _encode(
     if base is not None and "base" in option_types(module.write, ()):
         given["base"] = open_base(base, name, token)
     return module.write(adapter, encoder, container=container or module.CONTAINERS[0], **given)
+
+
+def _not_carried(adapter: Adapter, artifact: Artifact) -> list[str]:
+    """What other programs said of the adapter in the header of its file, and what is written does not say."""
+    stored = json.dumps([dict(artifact.metadata), dict(artifact.documents)], default=str)
+    notes = []
+    for home, said in adapter.metadata.items():
+        held = [said.get(part) for part in _HEADERS] if isinstance(said, Mapping) else []
+        entries = sorted({key for part in held if isinstance(part, Mapping) for key in part} - {"format"})
+        lost = [key for key in entries if not re.search(rf'"{re.escape(key)}\\*":', stored)]
+        if lost:
+            few = ", ".join(lost[:3]) + (" …" if len(lost) > 3 else "")
+            notes.append(
+                f"metadata of {home} not carried: {len(lost)} {'entry' if len(lost) == 1 else 'entries'} ({few})"
+            )
+    return notes
 
 
 def _history(

@@ -1,5 +1,6 @@
 """`adaptertools check`: whether an adapter loads in another program as it is meant, and the file that does."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -51,7 +52,8 @@ def command(
     own = {"version": version, "max_rank": max_rank, "base": how.pop("base"), "token": how.pop("token")}
     found = api.check(place, consumer, **own, **how)
     if dst is None:
-        output.show(lambda: _text(found), lambda: _document(found))
+        given = _given(reading)
+        output.show(lambda: _text(found, given), lambda: _document(found, given))
         if not found.passes:
             ctx.exit(_BROKEN)
         return
@@ -61,27 +63,38 @@ def command(
     output.show(lambda: _fixed_text(fixed), lambda: _fixed_document(fixed))
 
 
-def _text(found: "Check") -> str:
+def _given(reading: Reading) -> list[str]:
+    """The options that the source was read with, which the command that fixes it needs too."""
+    named = {"--from": reading.source_format, "--source-alpha": reading.source_alpha, "--slots": reading.slots}
+    named |= {"--revision": reading.revision}
+    words = [word for name, value in named.items() if value is not None for word in (name, str(value))]
+    return words + [word for option in reading.in_options for word in ("--in", option)]
+
+
+def _text(found: "Check", given: Sequence[str]) -> str:
     from adaptertools.cli._report import field, table
 
     rows = [(finding.rule, str(finding.verdict), finding.reason) for finding in found.findings]
     head = [_headline(found), *(field("note", note) for note in found.notes)]
-    return "\n".join([*head, "", table([("RULE", "VERDICT", "REASON"), *rows]), *_advice(found)])
+    return "\n".join([*head, "", table([("RULE", "VERDICT", "REASON"), *rows]), *_advice(found, given)])
 
 
 def _headline(found: "Check") -> str:
     cap = "" if found.max_rank is None else f", ranks up to {found.max_rank}"
-    says = "loads and means the same" if found.passes else "does not load as it is meant"
+    limits = ", as far as it was checked" if found.unchecked else ""
+    says = f"loads and means the same{limits}" if found.passes else "does not load as it is meant"
     return f"{found.label} ({found.format}) {says}: {found.title} {found.version}{cap}"
 
 
-def _advice(found: "Check") -> list[str]:
+def _advice(found: "Check", given: Sequence[str]) -> list[str]:
     from adaptertools import api
 
     if found.passes:
         return []
-    lines = ["", f"The file that does: {api.fix_command(found)}"]
-    return lines + [f"But first, {rule}: {way}" for rule, way in api.ways_out(found).items()]
+    command = api.fix_command(found, *given)
+    if command is not None:
+        return ["", f"The file that does: {command}"]
+    return ["", *(f"--fix cannot mend {rule}: {way}" for rule, way in api.ways_out(found).items())]
 
 
 def _fixed_text(fixed: "Fixed") -> str:
@@ -101,12 +114,14 @@ def _fixed_text(fixed: "Fixed") -> str:
 def _error(fixed: "Fixed") -> str:
     from adaptertools.cli._report import relative
 
+    if fixed.dropped:
+        return f"{relative(fixed.relative_error)}, beside what was dropped: {', '.join(fixed.dropped)}"
     if fixed.relative_error == 0:
         return "0: the delta weights are the same"
     return f"{relative(fixed.relative_error)} of the norm of the delta weights"
 
 
-def _document(found: "Check") -> dict[str, Any]:
+def _document(found: "Check", given: Sequence[str] = ()) -> dict[str, Any]:
     from adaptertools import api
 
     return {
@@ -126,7 +141,7 @@ def _document(found: "Check") -> dict[str, Any]:
             for finding in found.findings
         ],
         "notes": list(found.notes),
-        "fix": None if found.passes else api.fix_command(found),
+        "fix": api.fix_command(found, *given),
         "ways_out": api.ways_out(found),
     }
 
@@ -139,6 +154,8 @@ def _fixed_document(fixed: "Fixed") -> dict[str, Any]:
         "mended": [finding.rule for finding in fixed.before.broken],
         "done": list(fixed.steps),
         "relative_error": fixed.relative_error,
+        "error_is_beside": list(fixed.dropped),
         "check": _document(fixed.after),
         **writing_document(fixed.report),
+        "exact": fixed.exact,
     }

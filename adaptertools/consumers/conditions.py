@@ -161,6 +161,10 @@ def unmatched(subject: Subject) -> Sequence[str] | None:
     return subject.unmatched
 
 
+def untold(subject: Subject) -> None:
+    """What no file tells."""
+
+
 def opaque(subject: Subject) -> list[str]:
     """Names that could not be turned back into module paths."""
     return [str(module.target) for module in subject.adapter.modules if module.target.opaque]
@@ -169,6 +173,17 @@ def opaque(subject: Subject) -> list[str]:
 def opaque_unless(own: str) -> Condition:
     """Names that could not be turned back into module paths, where they are not the consumer's own."""
     return lambda subject: [] if subject.format == own else opaque(subject)
+
+
+def names_of_gpt2(subject: Subject) -> list[str]:
+    """Names that the GPT-2 of Transformers has, which may be those of another model if its type is known.
+
+    Those in the file count, where there is one. With a base model at hand, the writer may yet give them other names.
+    """
+    if subject.model_type not in (None, "gpt2") or (subject.unmatched is not None and not subject.files):
+        return []
+    names = subject.keys or [m.target.parameter for m in subject.adapter.modules]
+    return sorted(name for name in names if name.startswith("transformer.h."))
 
 
 def files_but(*names: str) -> Condition:
@@ -289,7 +304,9 @@ def mlx_left_out(subject: Subject) -> list[str]:
         within = found is not None and found.layer >= first and (keys is None or found.name.lstrip(".") in keys)
         return within or (keys is not None and target.parameter in keys)
 
-    return [str(m.target) for m in subject.adapter.modules if not made(m.target)]
+    stored = [Target(parameter=key.removesuffix(".lora_a")) for key in sorted(subject.keys) if key.endswith(".lora_a")]
+    targets = stored or [module.target for module in subject.adapter.modules]
+    return [str(target) for target in targets if not made(target)]
 
 
 def mlx_rank(subject: Subject) -> list[str]:

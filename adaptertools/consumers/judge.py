@@ -48,7 +48,8 @@ def _format(subject: Subject, consumer: Consumer) -> Finding:
 def _finding(rule: Rule, subject: Subject) -> Finding:
     found = rule.broken(subject)
     if found is None:
-        return Finding(rule=rule.name, verdict=UNCHECKED, reason="needs --base", source=rule.source)
+        why = rule.because if rule.verdict is UNCHECKED else "needs --base"
+        return Finding(rule=rule.name, verdict=UNCHECKED, reason=why, source=rule.source)
     if not found:
         return Finding(rule=rule.name, verdict=OK, reason="", source=rule.source)
     reason = f"{rule.because}: {_few(found)}"

@@ -31,7 +31,7 @@ Condition = Callable[[Subject], Sequence[str] | None]
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One thing that a consumer does not take as it is meant.
+    """One thing that a consumer does not take as it is meant, or that cannot be told: its verdict is UNCHECKED.
 
     `since` is the first of the versions read in which it holds, `until` the first in which it no longer does; empty
     where it holds in all. `formats` are those whose files it is about; empty for all.
@@ -75,10 +75,10 @@ class Layers:
 class Consumer:
     """A program that loads adapters: which files, by which rules, and what `fix` makes for it.
 
-    `versions` are those whose source was read, oldest first. `formats` it loads; `writes` is the one that `fix` writes,
-    unless the file has one of those in `keeps`. `max_rank` is the rank that it takes unless it is started with another;
-    `caps` are those that it can be started with, by the version since which that is so, empty where any will do. Ranks
-    are best `least_rank`, or a `multiple`.
+    `versions` are those whose source was read, oldest first: releases, or commits, which have the same rules. `formats`
+    it loads; `writes` is the one that `fix` writes, unless the file has one of those in `keeps`. `max_rank` is the rank
+    that it takes unless it is started with another; `caps` are those that it can be started with, by the version since
+    which that is so, empty where any will do. Ranks are best `least_rank`, or a `multiple`.
     """
 
     name: str
@@ -100,13 +100,20 @@ class Consumer:
     def newest(self) -> str:
         return self.versions[-1]
 
+    @property
+    def released(self) -> bool:
+        """Whether releases were read, not commits."""
+        return all("." in version for version in self.versions)
+
     def read_version(self, asked: str | None) -> str:
         """The version read whose rules count for the one asked for: the last that is not newer, else the first.
 
         Raises: OptionError for what is no version
         """
-        if asked is None or len(self.versions) == 1:
+        if asked is None:
             return self.newest
+        if not self.released:
+            return next((commit for commit in self.versions if asked.startswith(commit)), self.newest)
         number = version_number(asked)
         older = [version for version in self.versions if version_number(version) <= number]
         return older[-1] if older else self.versions[0]

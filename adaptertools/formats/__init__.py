@@ -13,6 +13,7 @@ A format module says what it is in these names:
     write(adapter, encoder, *, container, options) -> Artifact
     oddities(source, *, options) -> tuple[str, ...]    only where values beside the adapter's own are worth a look
     BASE_CONFIG_SUFFICES = True    only where a base may be its config.json alone, without weights
+    OPAQUE_IS_OWN = True    only where opaque names may stand for rows in an order of its own; no other format gets them
 
 The keyword-only parameters of `read` and `write` are the format's options on the command line. `alpha` and `slots`,
 where `read` has them, and `base`, where `read` or `write` has it, are `--source-alpha`, `--slots` and `--base`.
@@ -84,11 +85,24 @@ def detect(source: Source) -> str:
 
 def check_features(adapter: Adapter, name: str) -> None:
     """Raises: UnsupportedFeatureError that names what the format cannot carry and who holds it."""
+    _check_opaque(adapter, name)
     missing = sorted(adapter.features - get(name).CARRIES)
     if missing:
         lines = [f"{feature} ({_few(adapter.holders(feature))})" for feature in missing]
         drop = " ".join(f"--drop {feature}" for feature in missing)
         raise UnsupportedFeatureError(f"{name} cannot carry {'; '.join(lines)}. To give that up: {drop}")
+
+
+def _check_opaque(adapter: Adapter, name: str) -> None:
+    """Refuse names that have a meaning only in the format that the adapter comes from, even if they were renamed."""
+    opaque = [str(module.target) for module in adapter.modules if module.target.opaque]
+    homes = {*adapter.metadata, *([adapter.origin.format] if adapter.origin else [])} & set(names())
+    for home in sorted(homes - {name}):
+        if opaque and getattr(get(home), "OPAQUE_IS_OWN", False):
+            raise UnsupportedFeatureError(
+                f"{_few(opaque)}: {home}'s own names, which could not be turned back, for weights whose rows {home} "
+                f"may have in another order; {name} would have them wrong. Read the adapter with --base"
+            )
 
 
 def _contents(source: Source) -> str:

@@ -261,7 +261,7 @@ def _check_components(components: Mapping[str, Sequence[LoraModule]]) -> None:
         others = ", ".join(name for name in components if name)
         raise UnsupportedFeatureError(
             f"{bare} belongs to no component and other modules to {others}: diffusers would leave it out. "
-            "Write each with --only"
+            "Write each with --only 'COMPONENT:*'"
         )
 
 

@@ -55,6 +55,7 @@ CONFIG = ".json"
 FILES = ("*.gguf",)
 CARRIES = frozenset({Feature.EMBEDDING, Feature.ALORA})
 BASE_CONFIG_SUFFICES = True
+OPAQUE_IS_OWN = True
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _ROUNDING = 2.0**-24
@@ -160,8 +161,13 @@ def _module(
 
 
 def _carried(header: Header, facts: BaseFacts | None) -> dict[str, Any]:
-    """What writing GGUF again needs."""
-    said = {"architecture": header.architecture, "about": dict(header.about), "base": facts and facts.to_json()}
+    """What writing GGUF again needs, and what it leaves out."""
+    said: dict[str, Any] = {
+        "architecture": header.architecture,
+        "about": dict(header.about),
+        "other": dict(header.other),
+        "base": facts and facts.to_json(),
+    }
     return {key: value for key, value in said.items() if value}
 
 

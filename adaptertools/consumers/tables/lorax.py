@@ -22,12 +22,14 @@ from adaptertools.consumers.conditions import (
     ranks_unlike_r,
     travelling_weights,
     unmatched,
+    untold,
 )
-from adaptertools.consumers.rule import CHANGES, FAILS, NOTE, Consumer, Layers, Rule
+from adaptertools.consumers.rule import CHANGES, FAILS, NOTE, UNCHECKED, Consumer, Layers, Rule
 
 _LORA = "server/lorax_server/adapters/lora.py"
 _PUNICA = "server/lorax_server/utils/punica.py"
 _SOURCE = "server/lorax_server/utils/sources/local.py"
+_FAMILY = "whether this release supports LoRA for this model family is not among the rules"
 _EVERY = Layers(every=True)
 _UNREAD = "unread, so the adapter is loaded as a plain one"
 _ONE_SCALE = "unread: one scaling, from lora_alpha and r, counts for every module"
@@ -71,6 +73,7 @@ CONSUMER = Consumer(
         Rule("expert stacks", holds(Feature.PARAMETER), CHANGES, "left out: no layer type of it", _LORA),
         Rule("fused slots", holds(Feature.FUSED_ROWS), FAILS, "lora_B of PEFT before 0.3 is no matrix", _LORA),
         Rule("convolutions", holds(Feature.CONV), CHANGES, "left out: no layer type of it", _LORA),
+        Rule("architecture", untold, UNCHECKED, _FAMILY, _LORA),
         Rule("module names", opaque, CHANGES, "left out with a warning: no module path of the model", _LORA),
         Rule("names in the base", unmatched, CHANGES, "left out with a warning: no such module", _LORA),
     ),

@@ -14,6 +14,7 @@ from adaptertools.consumers.conditions import (
     holds,
     mlx_left_out,
     mlx_rank,
+    names_of_gpt2,
     opaque_unless,
     rank_over_cap,
     travelling_weights,
@@ -24,6 +25,8 @@ from adaptertools.consumers.rule import CHANGES, FAILS, NOTE, Consumer, Rule
 _UTILS = "mlx_lm/tuner/utils.py"
 _LORA = "mlx_lm/tuner/lora.py"
 _ALONE = "an MLX adapter is lora_a, lora_b and m alone"
+_GPT2_MODEL = "mlx_lm/models/gpt2.py"
+_GPT2 = "mlx-lm's GPT-2 calls it model.h…: convert with --base a checkpoint that mlx-lm saved"
 
 CONSUMER = Consumer(
     name="mlx",
@@ -56,6 +59,7 @@ CONSUMER = Consumer(
         Rule("layer replication", holds(Feature.LAYER_REPLICATION), FAILS, "the base has no such layers", _UTILS),
         Rule("convolutions", holds(Feature.CONV), FAILS, "only linear layers and embeddings are adapted", _UTILS),
         Rule("module names", opaque_unless("mlx"), FAILS, "no module path of the model", _UTILS),
+        Rule("names of GPT-2", names_of_gpt2, FAILS, _GPT2, _GPT2_MODEL),
         Rule("names in the base", unmatched, FAILS, "no such module, so the tensor is refused", _UTILS),
     ),
 )

@@ -1,7 +1,7 @@
 """Ollama: one GGUF file, which it hands to llama.cpp; or a safetensors folder of PEFT or MLX, which it converts.
 
 Read in ollama/ollama at fb30760, the conversion of folders also at 01cf744 and 0242080: convert/convert.go,
-convert/convert_llama_adapter.go. Not run. One state was read.
+convert/convert_llama_adapter.go. Not run. One set of rules.
 """
 
 from adaptertools.adapter import Feature
@@ -35,7 +35,7 @@ CONSUMER = Consumer(
     name="ollama",
     title="Ollama",
     repository="ollama/ollama",
-    versions=("fb30760",),
+    versions=("01cf744", "0242080", "fb30760"),
     formats=("gguf", "peft", "mlx"),
     writes="gguf",
     rules=(

@@ -20,13 +20,15 @@ from adaptertools.consumers.conditions import (
     target_modules_as_text,
     travelling_weights,
     unmatched,
+    untold,
 )
-from adaptertools.consumers.rule import CHANGES, FAILS, NOTE, Consumer, Layers, Rule
+from adaptertools.consumers.rule import CHANGES, FAILS, NOTE, UNCHECKED, Consumer, Layers, Rule
 
 _LORA = "sglang/srt/lora/lora.py"
 _CONFIG = "sglang/srt/lora/lora_config.py"
 _POOL = "sglang/srt/lora/mem_pool.py"
 _MANAGER = "sglang/srt/lora/lora_manager.py"
+_FAMILY = "whether this release supports LoRA for this model family is not among the rules"
 _QKV = Layers(together=("q_proj", "k_proj", "v_proj"), wanted=("q_proj", "v_proj"))
 _UNREAD = "unread, so the adapter is loaded as a plain one"
 
@@ -75,6 +77,7 @@ CONSUMER = Consumer(
         Rule("expert stacks", holds(Feature.PARAMETER), NOTE, "for mixture models that it wraps, no others", _LORA),
         Rule("fused slots", holds(Feature.FUSED_ROWS), FAILS, "lora_B of PEFT before 0.3 is no matrix", _POOL),
         Rule("convolutions", holds(Feature.CONV), FAILS, "only linear layers and embeddings are adapted", _LORA),
+        Rule("architecture", untold, UNCHECKED, _FAMILY, _MANAGER),
         Rule("module names", opaque, CHANGES, "skipped with a warning: no module path of the model", _POOL),
         Rule("names in the base", unmatched, CHANGES, "skipped with a warning: no such module", _POOL),
     ),

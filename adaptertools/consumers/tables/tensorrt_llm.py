@@ -1,7 +1,7 @@
 """TensorRT-LLM, PyTorch backend: PEFT folders.
 
-Read in NVIDIA/TensorRT-LLM at 007e181 (lora_manager.py) and 037d4ba (lora_helper.py). One
-state was read.
+Read in NVIDIA/TensorRT-LLM at 007e181 (lora_manager.py) and 037d4ba (lora_helper.py): one set
+of rules.
 """
 
 from adaptertools.adapter import Feature
@@ -19,11 +19,13 @@ from adaptertools.consumers.conditions import (
     rank_over_cap,
     travelling_weights,
     unmatched,
+    untold,
 )
-from adaptertools.consumers.rule import CHANGES, FAILS, NOTE, Consumer, Rule
+from adaptertools.consumers.rule import CHANGES, FAILS, NOTE, UNCHECKED, Consumer, Rule
 
 _MANAGER = "tensorrt_llm/lora_manager.py"
 _HELPER = "tensorrt_llm/lora_helper.py"
+_FAMILY = "whether this release supports LoRA for this model family is not among the rules"
 _SKIPPED = ("lm_head", "embed_tokens")
 _MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj", "gate_up_proj")
 _EXPERTS = ("w1", "w2", "w3", "gate")
@@ -33,7 +35,7 @@ CONSUMER = Consumer(
     name="tensorrt-llm",
     title="TensorRT-LLM",
     repository="NVIDIA/TensorRT-LLM",
-    versions=("007e181",),
+    versions=("037d4ba", "007e181"),
     formats=("peft",),
     writes="peft",
     max_rank=64,
@@ -71,6 +73,7 @@ CONSUMER = Consumer(
         Rule("expert stacks", holds(Feature.PARAMETER), FAILS, "no key that it takes", _MANAGER),
         Rule("fused slots", holds(Feature.FUSED_ROWS), FAILS, "lora_B of PEFT before 0.3 is no matrix", _MANAGER),
         Rule("convolutions", holds(Feature.CONV), FAILS, "only linear layers are adapted", _MANAGER),
+        Rule("architecture", untold, UNCHECKED, _FAMILY, _MANAGER),
         Rule("module names", opaque, FAILS, "no module path of the model", _MANAGER),
         Rule("names in the base", unmatched, CHANGES, "no layer takes them", _MANAGER),
     ),

@@ -20,6 +20,10 @@ _KEPT = re.compile(
     r"|license\.link|url|doi|uuid|repo_url|quantized_by)|adapter\.lora\.(task_name|prompt_prefix)"
 )
 """Text about the adapter that means nothing to us and is written again."""
+_UNDERSTOOD = re.compile(
+    r"general\.(architecture|type|alignment|file_type|base_model\.0\.(name|organization|repo_url))|adapter\.type"
+    rf"|{re.escape(_ALPHA)}|{re.escape(_TOKENS)}|{HEADER_KEY}"
+)
 _HUB = "https://huggingface.co/"
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -39,6 +43,8 @@ class Header:
     facts: BaseFacts | None = None
     names: Mapping[str, str] = field(default_factory=dict)
     about: Mapping[str, str] = field(default_factory=dict)
+    other: Mapping[str, str] = field(default_factory=dict)
+    """What is not written again."""
     notes: tuple[str, ...] = ()
 
     def to_metadata(self) -> dict[str, str]:
@@ -94,8 +100,13 @@ def parse(label: str, metadata: Mapping[str, str]) -> Header:
         facts=facts,
         names=names,
         about={key: text for key, text in metadata.items() if _KEPT.fullmatch(key)},
+        other={key: text for key, text in metadata.items() if not (_KEPT.fullmatch(key) or _understood(key, text))},
         notes=missing,
     )
+
+
+def _understood(key: str, text: str) -> bool:
+    return bool(_UNDERSTOOD.fullmatch(key)) or (key == "general.base_model.count" and text in ("0", "1"))
 
 
 def _other(kind: str | None, metadata: Mapping[str, str]) -> str:

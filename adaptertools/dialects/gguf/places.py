@@ -21,7 +21,9 @@ def tensor_names(adapter: Adapter, facts: BaseFacts | None, read_from: str | Non
     architecture = facts.family.architecture if facts else read_from
     found: dict[str, str] = {}
     if len({module.target.component for module in adapter.modules}) > 1:
-        raise UnsupportedFeatureError("the adapter is for several models, and GGUF for one. Write each with --only")
+        raise UnsupportedFeatureError(
+            "the adapter is for several models, and GGUF for one. Write each with --only 'COMPONENT:*'"
+        )
     for module in adapter.modules:
         target = module.target
         known = not target.opaque or (is_tensor(target.parameter) and read_from == architecture is not None)

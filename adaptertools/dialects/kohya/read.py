@@ -12,7 +12,7 @@ from adaptertools.dialects.kohya import header
 from adaptertools.dialects.kohya.factors import Pair, Rounding, magnitude, module_of
 from adaptertools.dialects.kohya.keys import ALPHA, DORA, LOHA, LOKR, LORA, Group, groups, other_method
 from adaptertools.dialects.kohya.names import Names, prefixes_of
-from adaptertools.errors import NotLoraError, UnclaimedTensorError
+from adaptertools.errors import AdapterToolsError, NotLoraError, UnclaimedTensorError
 from adaptertools.module import LoraModule
 from adaptertools.tensors import dtype_name, natural_order
 
@@ -45,7 +45,10 @@ def read_adapter(
     _check_claimed(file.label, found, others, claimed)
     recorded, bases = header.record_of(file.label, metadata)
     names, rounding = Names(base, recorded), Rounding()
-    modules = {group.name: _module(group, factorise(group, rounding), names) for group in found.values()}
+    try:
+        modules = {group.name: _module(group, factorise(group, rounding), names) for group in found.values()}
+    except AdapterToolsError as error:
+        raise type(error)(f"{file.label}: {error}") from error
     is_plain = rounding.computed == 0 or format == "kohya"
     carried = {
         "header": header.kept(metadata) if is_plain else header.plain_lora(header.kept(metadata)),
