@@ -22,6 +22,9 @@ _EPSILON = torch.finfo(torch.float64).eps
 _ORTHOGONAL_ENOUGH = 1e-2
 """How far the Gram matrix of CholeskyQR's first pass may be from the identity, so that the second makes it exact."""
 
+_WELL_CONDITIONED = 1e-12
+"""How far it is at most where multiplying by the inverse of the triangle is as exact as solving with it."""
+
 _ONE_STEP = 1000
 """Exponents below this have a power of two whose reciprocal float64 holds; others are divided out in two steps."""
 
@@ -149,10 +152,14 @@ def cholesky_triangle(factor: Tensor) -> Tensor:
     batch = factor.reshape(-1, *factor.shape[-2:])
     first, failed = torch.linalg.cholesky_ex(batch.mT @ batch, upper=True)
     identity = torch.eye(first.shape[-1], dtype=first.dtype, device=first.device)
-    basis = batch @ torch.linalg.solve_triangular(first, identity.expand_as(first), upper=True)
+    inverse = torch.linalg.solve_triangular(first, identity.expand_as(first), upper=True)
+    basis = batch @ inverse
     gram = basis.mT @ basis
-    second, failed_again = torch.linalg.cholesky_ex(gram, upper=True)
     off = (gram - identity).abs().amax(dim=(-2, -1))
+    if bool((rough := off >= _WELL_CONDITIONED).any()):
+        better = basis[rough] + (batch[rough] - basis[rough] @ first[rough]) @ inverse[rough]
+        gram[rough] = better.mT @ better
+    second, failed_again = torch.linalg.cholesky_ex(gram, upper=True)
     unsafe = (failed != 0) | (failed_again != 0) | ~(off < _ORTHOGONAL_ENOUGH)
     result: Tensor = second @ first
     if bool(unsafe.any()):
