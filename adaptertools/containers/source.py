@@ -1,6 +1,6 @@
 """A place an adapter is read from: a file, a folder, or tensors in memory, seen the same way by every format."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -197,6 +197,16 @@ class Source:
             with self.place.naming():
                 self._tensors[name] = self.place.described(containers.read(self.root / name), self.root / name)
         return self._tensors[name]
+
+    def is_sound(self, name: str, containers: Collection[str]) -> bool:
+        """Whether a file is of one of these containers, and its header can be read."""
+        try:
+            if self.container(name) not in containers:
+                return False
+            self.tensors(name)
+        except AdapterToolsError:
+            return False
+        return True
 
     def document(self, name: str) -> dict[str, Any] | None:
         """A JSON document beside the tensors, or a YAML one by its suffix; None if there is none.

@@ -47,10 +47,9 @@ from adaptertools.dialects.diffusers.keys import COMPONENT, DIFFUSION_MODEL, Con
 from adaptertools.dialects.diffusers.write import Scale, component_tensors, few
 from adaptertools.dialects.peft.base import BaseModel, Checkpoint
 from adaptertools.dialects.peft.config import PeftConfig
-from adaptertools.dialects.peft.keys import MAGNITUDE
-from adaptertools.dialects.peft.modules import Reading, read_module
+from adaptertools.dialects.peft.modules import Reading, read_module, settle_dora
 from adaptertools.encoding import Encoder
-from adaptertools.errors import ConfigError, OptionError, UnknownFormatError, UnsupportedFeatureError
+from adaptertools.errors import OptionError, UnknownFormatError, UnsupportedFeatureError
 from adaptertools.tensors import Deferred, natural_order
 
 SUMMARY = "Hugging Face diffusers: pytorch_lora_weights.safetensors, also of AI-toolkit"
@@ -95,7 +94,7 @@ def read(
         fields_prefixed = prefixed and home != "" and component is None
         config = metadata.component_config(stated, home, found, file.label, prefixed=fields_prefixed)
         model = BaseModel(_model(base, home, alone=len(contents) == 1))
-        read_here = _modules(found, Reading(config=config, base=model, dora=_settle_dora(found, config, dora)), home)
+        read_here = _modules(found, Reading(config=config, base=model, dora=_dora(found, config, dora)), home)
         modules += read_here
         notes += [*config.notes, *model.notes(read_here)]
         if config.base != Base():
@@ -136,24 +135,6 @@ def _checked(component: str | None) -> str | None:
 def _modules(contents: Contents, reading: Reading, component: str) -> list[LoraModule]:
     found = [module for group in contents.groups.values() for module in read_module(group, reading)]
     return [replace(module, target=replace(module.target, component=component)) for module in found]
-
-
-def _settle_dora(contents: Contents, config: PeftConfig, wanted: bool | None) -> bool:
-    """Whether the magnitudes count. Where file and metadata disagree, only the caller can say.
-
-    Raises: ConfigError
-    """
-    present = any(MAGNITUDE in group.tensors for group in contents.groups.values())
-    stated = config.flag("use_dora")
-    if wanted is None and present and not stated:
-        raise ConfigError(
-            f"{config.label}: use_dora is false, but the file has magnitudes, which diffusers then leaves out with a "
-            "warning. Read it with dora=true (--in dora=true) if it was trained with DoRA, with dora=false to do so too"
-        )
-    use = stated if wanted is None else wanted
-    if present and not use:
-        config.notes.append("left out: the DoRA magnitudes, as asked for")
-    return use
 
 
 def _bases(said: Mapping[str, Any]) -> dict[str, Base]:
@@ -282,3 +263,8 @@ def _name_notes(components: Mapping[str, Sequence[LoraModule]], prefix: str | No
         of_flux = flux.has_diffusers_names(components[DIFFUSION_MODEL], certain=False)
         how = "; if it is for Flux.1, model=flux (--out model=flux) turns them into those" if of_flux else ""
         yield f"the names behind {DIFFUSION_MODEL} are the adapter's own; ComfyUI wants the published model's{how}"
+
+
+def _dora(contents: Contents, config: PeftConfig, wanted: bool | None) -> bool:
+    fate = "diffusers then leaves out with a warning"
+    return settle_dora(config, contents.groups.values(), wanted, stated=config.flag("use_dora"), fate=fate)

@@ -51,10 +51,10 @@ from adaptertools.dialects.peft.base import BaseModel, Checkpoint
 from adaptertools.dialects.peft.config import PeftConfig
 from adaptertools.dialects.peft.experts import parameter_groups, read_parameters
 from adaptertools.dialects.peft.factors import layers
-from adaptertools.dialects.peft.keys import MAGNITUDE, Contents, Group
+from adaptertools.dialects.peft.keys import Contents, Group
 from adaptertools.dialects.peft.layout import Layout, arrange
 from adaptertools.dialects.peft.leftovers import is_unread_checkpoint, refuse_foreign_tensors, settle_base
-from adaptertools.dialects.peft.modules import OUT_PROJ, Reading, read_attention, read_module
+from adaptertools.dialects.peft.modules import OUT_PROJ, Reading, read_attention, read_module, settle_dora
 from adaptertools.dialects.peft.patterns import anchored
 from adaptertools.dialects.peft.weights import read_full_weights, read_row_weights, tied_copies
 from adaptertools.dialects.peft.write import (
@@ -68,7 +68,7 @@ from adaptertools.dialects.peft.write import (
 from adaptertools.dialects.torchtune import keys as torchtune_keys
 from adaptertools.dialects.torchtune.beside import export_notes
 from adaptertools.encoding import Encoder
-from adaptertools.errors import ConfigError, OptionError, UnknownFormatError, UnsupportedFeatureError
+from adaptertools.errors import OptionError, UnknownFormatError, UnsupportedFeatureError
 from adaptertools.module import LoraModule, ScaleRule
 from adaptertools.names import leaf, parent
 from adaptertools.tensors import natural_order
@@ -130,7 +130,7 @@ def read(
             "this is no adapter"
         )
     reading = Reading(
-        config=config, base=BaseModel(base, config.base.layer_replication), dora=_settle_dora(contents, config, dora)
+        config=config, base=BaseModel(base, config.base.layer_replication), dora=_dora(contents, config, dora)
     )
     tied = tied_copies(contents.groups, config)
     groups = [group for path, group in contents.groups.items() if path not in tied]
@@ -185,24 +185,6 @@ def write(adapter: Adapter, encoder: Encoder, *, container: str, conv: str | Non
         sidecar=peft_files.SIDECAR,
         notes=(*_component_notes(adapter), *_fused_notes(adapter, layout), *_pattern_notes(layout, config)),
     )
-
-
-def _settle_dora(contents: Contents, config: PeftConfig, wanted: bool | None) -> bool:
-    """Whether the magnitudes count. Where file and configuration disagree, only the caller can say.
-
-    Raises: ConfigError
-    """
-    present = any(MAGNITUDE in group.tensors for group in contents.groups.values())
-    stated = config.flag("use_dora") if config.stated else present
-    if wanted is None and present and not stated:
-        raise ConfigError(
-            f"{config.label}: use_dora is false, but the file has magnitudes, which PEFT then ignores without a word. "
-            "Read it with dora=true (--in dora=true) if it was trained with DoRA, with dora=false to do as PEFT does"
-        )
-    use = stated if wanted is None else wanted
-    if present and not use:
-        config.notes.append("left out: the DoRA magnitudes, as asked for")
-    return use
 
 
 def _read_modules(groups: Sequence[Group], reading: Reading) -> list[LoraModule]:
@@ -292,3 +274,9 @@ def _pattern_notes(layout: Layout, config: Mapping[str, Any]) -> Iterator[str]:
 
 def _names_lists(value: Any) -> list[list[str]]:
     return [[str(name) for name in names] for names in value or () if isinstance(names, list)]
+
+
+def _dora(contents: Contents, config: PeftConfig, wanted: bool | None) -> bool:
+    stated = config.flag("use_dora") if config.stated else None
+    fate = "PEFT then ignores without a word"
+    return settle_dora(config, contents.groups.values(), wanted, stated=stated, fate=fate)

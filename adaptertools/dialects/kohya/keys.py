@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from adaptertools.containers.source import Source
-from adaptertools.errors import AdapterToolsError, AmbiguousFormatError, UnknownFormatError
+from adaptertools.errors import AmbiguousFormatError, UnknownFormatError
 
 DOWN, UP, MID = "lora_down.weight", "lora_up.weight", "lora_mid.weight"
 ALPHA, DORA = "alpha", "dora_scale"
@@ -101,7 +101,7 @@ def adapter_files(source: Source, holds: Callable[[Iterable[str]], bool]) -> lis
         (name,) = source.file_names
         known = source.path is None or source.container(name) in CONTAINERS
         return [name] if known and holds(source.tensors(name).tensors) else []
-    names = (name for name in source.file_names if name not in source.folders and _readable(source, name))
+    names = (name for name in source.file_names if name not in source.folders and source.is_sound(name, CONTAINERS))
     return [name for name in names if holds(source.tensors(name).tensors)]
 
 
@@ -116,13 +116,3 @@ def adapter_file(source: Source, holds: Callable[[Iterable[str]], bool], what: s
     if not names:
         raise UnknownFormatError(f"{source.label} holds no torch or safetensors file with {what}")
     return names[0]
-
-
-def _readable(source: Source, name: str) -> bool:
-    try:
-        if source.container(name) not in CONTAINERS:
-            return False
-        source.tensors(name)
-    except AdapterToolsError:
-        return False
-    return True

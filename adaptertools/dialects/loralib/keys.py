@@ -10,7 +10,6 @@ from adaptertools.containers.source import Source
 from adaptertools.containers.tensorfile import TensorFile
 from adaptertools.dialects.litgpt import keys as litgpt_keys
 from adaptertools.errors import (
-    AdapterToolsError,
     AmbiguousFormatError,
     DuplicateTargetError,
     UnclaimedTensorError,
@@ -51,7 +50,7 @@ def adapter_file(source: Source) -> str:
     """
     names = source.file_names
     if source.is_folder:
-        names = tuple(name for name in names if name not in source.folders and _readable(source, name))
+        names = tuple(name for name in names if name not in source.folders and source.is_sound(name, CONTAINERS))
         if len(names) > 1:
             names = tuple(name for name in names if is_adapter(source.tensors(name)))
     if len(names) > 1:
@@ -73,18 +72,8 @@ def adapter_files(source: Source) -> list[str]:
     return [
         name
         for name in source.file_names
-        if name not in source.folders and _readable(source, name) and is_adapter(source.tensors(name))
+        if name not in source.folders and source.is_sound(name, CONTAINERS) and is_adapter(source.tensors(name))
     ]
-
-
-def _readable(source: Source, name: str) -> bool:
-    try:
-        if source.container(name) not in CONTAINERS:
-            return False
-        source.tensors(name)
-    except AdapterToolsError:
-        return False
-    return True
 
 
 def is_adapter(file: TensorFile) -> bool:

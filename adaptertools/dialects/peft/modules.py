@@ -1,7 +1,7 @@
 """The tensors of one PEFT module -> LoraModule: linear, embedding, convolution, attention, fused and block layouts."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -243,3 +243,25 @@ def _enable_lora_modules(
             scale_rule=rule,
             transposed=reading.base.linear_is_transposed(path, rows.total, lora_A.shape[1]),
         )
+
+
+def settle_dora(
+    config: PeftConfig, groups: Iterable[Group], wanted: bool | None, *, stated: bool | None, fate: str
+) -> bool:
+    """Whether the magnitudes count. Where file and configuration disagree, only the caller can say.
+
+    `stated` is what the configuration says, None where there is none; `fate` what happens to magnitudes that it denies.
+
+    Raises: ConfigError
+    """
+    present = any(MAGNITUDE in group.tensors for group in groups)
+    said = present if stated is None else stated
+    if wanted is None and present and not said:
+        raise ConfigError(
+            f"{config.label}: use_dora is false, but the file has magnitudes, which {fate}. Read it with dora=true "
+            "(--in dora=true) if it was trained with DoRA, with dora=false to do so too"
+        )
+    use = said if wanted is None else wanted
+    if present and not use:
+        config.notes.append("left out: the DoRA magnitudes, as asked for")
+    return use
