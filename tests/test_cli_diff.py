@@ -239,3 +239,12 @@ def test_from_zero_the_distance_is_infinite_in_words(
     assert (document["relative_distance"], document["cosine"], document["same"]) == (None, None, False)
     back = run("diff", peft_folder, tmp_path / "idle")
     assert lines(back)[1].startswith("distance 1 of the norm of A")
+
+
+def test_where_no_name_meets_another_the_way_to_turn_flat_ones_back_is_named(
+    run: Run, peft_folder: Path, other_folder: Path, tmp_path: Path
+) -> None:
+    hint = "note no name stands in both: flat ones (kohya, GGUF) become module paths with --base"
+    flat = "fixtures/kohya/unet_and_text_encoder/adapter.safetensors"
+    assert hint in lines(run("diff", peft_folder, Path(__file__).parents[1] / flat))
+    assert hint not in lines(run("diff", peft_folder, other_folder))

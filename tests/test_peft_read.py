@@ -105,6 +105,12 @@ def test_a_folder_and_its_weights_file_read_the_same(suffix: str, tmp_path: Path
     assert one.scaling == other.scaling == 2.0
 
 
+def test_header_entries_that_are_left_behind_are_named(peft_folder: Path) -> None:
+    path = peft_folder / "adapter_model.safetensors"
+    save_file(load_file(path), path, metadata={"format": "pt", "author": "someone"})
+    assert adaptertools.read(peft_folder).notes == ("header entries that PEFT does not know are not carried: author",)
+
+
 def test_shards_are_read_with_and_without_their_index(tmp_path: Path) -> None:
     names = [f"adapter_model-0000{number}-of-00002.safetensors" for number in (1, 2)]
     for name, path in zip(names, ("q_proj", "v_proj"), strict=True):

@@ -63,6 +63,8 @@ def _text(a: str, b: str, found: "Difference", modules: bool) -> str:
             zero = sum(row.distance == 0 for row in alone)
             names = few([str(row.target) for row in alone])
             lines.append(field(f"only in {side}", f"{count(len(alone), 'module')}{_zeros(zero)}: {names}"))
+    if found.modules and all(row.only_in for row in found.modules) and len({row.only_in for row in found.modules}) == 2:
+        lines.append(field("note", "no name stands in both: flat ones (kohya, GGUF) become module paths with --base"))
     lines += [field(weight.kind, _weight_line(weight)) for weight in found.weights]
     lines += [field("differs", what) for what in found.others]
     lines += [field("note", f"{what}; that does not count") for what in found.notes]

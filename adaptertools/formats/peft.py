@@ -42,7 +42,7 @@ from typing import Any
 
 from adaptertools.adapter import Adapter, Feature, Origin, merge_notes
 from adaptertools.containers.artifact import Artifact
-from adaptertools.containers.history import read_history
+from adaptertools.containers.history import HEADER_KEY, read_history
 from adaptertools.containers.source import Source
 from adaptertools.dialects.peft import config as peft_config
 from adaptertools.dialects.peft import files as peft_files
@@ -146,7 +146,12 @@ def read(
         history=read_history(found.metadata, found.source.document(peft_files.SIDECAR)),
         metadata={"peft": metadata},
         notes=merge_notes(
-            found.notes, contents.notes, config.notes, reading.base.notes(modules), export_notes(found.source)
+            found.notes,
+            contents.notes,
+            config.notes,
+            reading.base.notes(modules),
+            export_notes(found.source),
+            _foreign(found.metadata),
         ),
         origin=Origin(format="peft", container=found.container, label=source.label, path=source.path, name=source.name),
     )
@@ -280,3 +285,8 @@ def _dora(contents: Contents, config: PeftConfig, wanted: bool | None) -> bool:
     stated = config.flag("use_dora") if config.stated else None
     fate = "PEFT then ignores without a word"
     return settle_dora(config, contents.groups.values(), wanted, stated=stated, fate=fate)
+
+
+def _foreign(header: Mapping[str, str]) -> list[str]:
+    entries = sorted(header.keys() - {"format", HEADER_KEY})
+    return [f"header entries that PEFT does not know are not carried: {', '.join(entries)}"] if entries else []
