@@ -207,6 +207,21 @@ def test_a_full_stdout_is_one_line(command: str, flags: tuple[str, ...], peft_fo
     assert ran.stderr == f"Error: cannot write to standard output: {os.strerror(errno.ENOSPC)}\n"
 
 
+def test_a_closed_stdout_is_no_fault() -> None:
+    ran = subprocess.run(["sh", "-c", f"{sys.executable} -m adaptertools formats >&-"], stderr=subprocess.PIPE)
+    assert (ran.returncode, ran.stderr) == (0, b"")
+
+
+def test_a_reader_that_has_gone_is_no_fault() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "adaptertools", "formats"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as program:
+        assert program.stdout is not None
+        assert program.stderr is not None
+        program.stdout.close()
+        assert program.stderr.read() == b""
+
+
 _WAITS = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits that it is ignored

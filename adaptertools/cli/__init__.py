@@ -9,10 +9,10 @@ Exit codes: 0 done, 1 failed, 2 usage, 4 done and the answer is no (`diff`, `che
 
 import os
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 
-def main() -> None:
+def main() -> NoReturn:
     """The program: run the command that the arguments name, and exit with its code."""
     # Work here streams through memory, which one thread saturates. A second gains nothing on an idle machine, and on a
     # busy one every small operation waits for it: ten times slower, as measured.
@@ -21,9 +21,25 @@ def main() -> None:
         from adaptertools.cli._group import group  # here, since Ctrl-C may arrive while click is being imported
 
         group(prog_name="adaptertools")
+    except SystemExit as end:
+        _leave(end.code)
     except KeyboardInterrupt:  # outside any command
         print("Error: interrupted", file=sys.stderr)
-        sys.exit(130)
+        _leave(130)
+    _leave(0)
+
+
+def _leave(code: str | int | None) -> NoReturn:
+    """End the process at once: Python takes longer to take apart what torch has loaded than many a command takes."""
+    try:
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:  # it was closed before
+                stream.flush()
+    except (OSError, ValueError):
+        sys.exit(code)  # Python says what it can
+    if isinstance(code, str):
+        sys.exit(code)
+    os._exit(code or 0)
 
 
 def __getattr__(name: str) -> Any:

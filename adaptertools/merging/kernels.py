@@ -10,7 +10,7 @@ import functools
 import importlib.util
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -275,14 +275,22 @@ def warm_up(device: torch.device) -> None:
     if device.type != "cuda":
         return
 
-    def work() -> None:
+    def start_cuda() -> None:
+        torch.zeros(1, device=device)
+
+    def load_triton() -> None:
         if has_triton():
             from adaptertools.merging.triton_kernel import warm_up
 
-            with contextlib.suppress(RuntimeError):  # the merge will say it
-                warm_up(device)
+            warm_up(device)
 
-    threading.Thread(target=work).start()
+    for work in (start_cuda, load_triton):
+        threading.Thread(target=_tried, args=(work,)).start()
+
+
+def _tried(work: Callable[[], None]) -> None:
+    with contextlib.suppress(RuntimeError):  # the merge will say it
+        work()
 
 
 def _arithmetic(edit: Edit) -> torch.dtype:

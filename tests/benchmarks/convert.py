@@ -40,6 +40,9 @@ PROJECTIONS = {
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 """Compiled modules are kept, as on any machine where the program has run before."""
 
+AT_ONCE = "; import os; os._exit(0)"
+"""Leaves Python as the program does, without the third of a second that taking torch apart takes."""
+
 TIME_TARGET, MEMORY_TARGET, HELP_TARGET = 2.5, 1.3, 2.0
 
 
@@ -194,7 +197,7 @@ def conversions(table: Table, folder: Path, weights: Path, repeat: int) -> None:
     synced = best(repeat, ["sh", "-c", f"cp '{weights}' '{copy}' && sync '{copy}'"], copy)
     remove(copy)
     run([sys.executable, "-c", "import adaptertools.api"])  # compiles what is not yet compiled
-    torch = best(repeat, [sys.executable, "-c", "import torch"])
+    torch = best(repeat, [sys.executable, "-c", f"import torch{AT_ONCE}"])
     table.line(f"cp of {size / 1e9:.2f} GB", f"{bare.seconds:.2f} s")
     table.line("cp and fsync", f"{synced.seconds:.2f} s")
     table.line("import torch", f"{torch.seconds:.2f} s")

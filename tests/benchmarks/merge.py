@@ -27,7 +27,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from convert import PROJECTIONS, Run, Table, remove, run, scratch
+from convert import AT_ONCE, PROJECTIONS, Run, Table, remove, run, scratch
 
 if TYPE_CHECKING:
     import torch
@@ -275,7 +275,8 @@ def at_least(table: Table, label: str, ratio: float, target: float | None) -> No
 
 def import_torch(device: str) -> str:
     """A bare import; on a GPU, with the start of CUDA that comes with it."""
-    return "import torch" if device == "cpu" else f"import torch; torch.zeros(1, device={device!r})"
+    started = "import torch" if device == "cpu" else f"import torch; torch.zeros(1, device={device!r})"
+    return started + AT_ONCE
 
 
 def proven(folder: Path, device: str) -> None:
