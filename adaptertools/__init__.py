@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from adaptertools.merging.record import MergeReport
     from adaptertools.merging.run import run_merge
     from adaptertools.merging.verify import Verification
-    from adaptertools.operations.diff import diff
     from adaptertools.operations.difference import Difference
     from adaptertools.operations.estimate import Estimate
     from adaptertools.operations.rescale import rescale
@@ -71,7 +70,7 @@ _HOMES = {
     "WriteReport": "api",
     "check": "api",
     "convert": "api",
-    "diff": "operations.diff",
+    "diff": "api",
     "estimate": "api",
     "fix": "api",
     "from_state_dict": "api",

@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from adaptertools.errors import AdapterError, DuplicateTargetError, OptionError, ShapeError
+from adaptertools.errors import AdapterError, DuplicateTargetError, OptionError, ShapeError, count
 from adaptertools.module import Feature, Kind, LoraModule, RowSlice, ScaleRule, Target
 
 __all__ = [
@@ -178,7 +178,7 @@ class Adapter:
     def __repr__(self) -> str:
         held = ", ".join(sorted(self.features)) or "nothing else"
         where = f" from {self.origin.label} ({self.origin.format})" if self.origin else ""
-        return f"<Adapter{where}: {len(self.modules)} modules, {held}>"
+        return f"<Adapter{where}: {count(len(self.modules), 'module')}, {held}>"
 
     @property
     def features(self) -> frozenset[Feature]:

@@ -163,3 +163,10 @@ class HubMovedError(HubError):
 
 class HubUnavailableError(HubError, ConnectionError):
     """The network or the server fails for now; the same call goes on from what is there."""
+
+
+def count(number: int, noun: str, verbs: tuple[str, str] | None = None) -> str:
+    """How many, for messages and notes: `1 module`, `24 modules`; with ("has", "have") `1 module has`."""
+    few = number == 1
+    said = f"{number:,} {noun}{'' if few else 's'}"
+    return said if verbs is None else f"{said} {verbs[0] if few else verbs[1]}"

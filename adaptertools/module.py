@@ -288,7 +288,7 @@ class LoraModule:
                 f"{self.target}: DoRA renormalises the base weight, so its delta weight needs `base_weight`"
             )
         assert self.magnitude is not None
-        weight = self._as_matrix(base_weight.to(delta))
+        weight = self.as_matrix(base_weight.to(delta))
         if self.target.rows:
             weight = weight[self.target.rows.start : self.target.rows.stop]
         axis = 1 if self.magnitude_axis == "out" else 0
@@ -297,7 +297,7 @@ class LoraModule:
         changed: Tensor = magnitude * direction / direction.norm(dim=axis, keepdim=True)
         return changed - weight
 
-    def _as_matrix(self, weight: Tensor) -> Tensor:
+    def as_matrix(self, weight: Tensor) -> Tensor:
         """A base weight as (out, in).
 
         Raises: ShapeError if it is no weight of this module

@@ -52,6 +52,7 @@ def kept(consumer: str, format: str | None = None) -> Subject:
         files=FILES.get(stands_as, ()),
         config=CONFIGS.get(stands_as, {}),
         unmatched=(),
+        misshapen=(),
         model_type="llama",
         num_layers=2,
     )
@@ -165,6 +166,7 @@ ALORA = with_adapter(invocation_tokens=(1, 2))
 TRAINED_BIAS = whole("model.layers.0.self_attn.q_proj.bias", WeightRole.BIAS)
 STORED = whole("lm_head.weight", WeightRole.BASE)
 HEAD = whole("qa_outputs.weight")
+RESIZED = with_subject(misshapen=("model.layers.0.self_attn.q_proj has shape (8, 8) there, (20, 24) here",))
 ABSENT = with_subject(unmatched=("model.layers.7.self_attn.q_proj",))
 NO_RANK = with_config(r=None)
 
@@ -182,6 +184,7 @@ _BEYOND: dict[str, Change] = {
     "aLoRA": ALORA,
     "changed base": PISSA,
     "names in the base": ABSENT,
+    "sizes in the base": RESIZED,
 }
 TIED = together(EMBEDDING, with_subject(tied=True))
 FLAT = together(OPAQUE, with_subject(format="kohya", config={}, files=()))
@@ -291,7 +294,7 @@ BREAKING: dict[str, dict[str, Change]] = {
             keys=frozenset({"lora_unet_a.lora_down.weight", "lora_unet_a.alpha", "lora_unet_b.lora_down.weight"})
         ),
         "alphas of attention": with_more(module("down_blocks.0.attn1.to_q", alpha=8.0)),
-        "DoRA of kohya": with_subject(keys=frozenset({"lora_unet_a.dora_scale"})),
+        "DoRA of kohya": DORA,
     },
 }
 """By consumer and rule."""

@@ -119,9 +119,13 @@ def test_a_file_of_another_format_is_to_be_converted_first(name: str) -> None:
 @pytest.mark.parametrize("name", consumers.names())
 def test_names_are_not_checked_without_a_base_model(name: str) -> None:
     consumer = consumers.get(name)
-    findings = judge(replace(kept(name), unmatched=None), consumer, consumer.newest)
-    unchecked = {finding.rule for finding in findings if finding.verdict is Verdict.UNCHECKED}
-    assert unchecked == {"names in the base"} | untold(consumer)
+    without = replace(kept(name), unmatched=None, misshapen=None)
+    for has_base, wanted in ((False, "needs --base"), (True, "needs --base with config.json and weights")):
+        findings = judge(replace(without, has_base=has_base), consumer, consumer.newest)
+        unchecked = {
+            f.rule: f.reason for f in findings if f.verdict is Verdict.UNCHECKED and f.rule not in untold(consumer)
+        }
+        assert unchecked == {"names in the base": wanted, "sizes in the base": wanted}
 
 
 @pytest.mark.parametrize(

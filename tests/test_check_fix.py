@@ -1,6 +1,7 @@
 """`adaptertools.fix`: the file that loads says the same, in numbers that every program reads alike."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +13,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import adaptertools
+from adaptertools import consumers
 from adaptertools.adapter import Adapter, Base, FullWeight, RowSlice, WeightRole
-from adaptertools.errors import MatchError, OptionError, UnsupportedFeatureError
+from adaptertools.api import fix_command, ways_out
+from adaptertools.errors import MatchError, OptionError, UnknownFormatError, UnsupportedFeatureError
 from adaptertools.module import LoraModule, ScaleRule, Target
 from adaptertools.operations import low_rank
 
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 PEFT = ("vllm", "sglang", "lorax", "tensorrt-llm")
+VERSIONS = {"vllm": "0.31.0"}
+"""Which read no patterns, as the newest vLLM does."""
 
 
 def module(layer: int, name: str, rank: int, **changes: Any) -> LoraModule:
@@ -86,7 +92,7 @@ def config(place: Path) -> dict[str, Any]:
 def test_the_fixed_file_passes_and_its_bare_products_are_the_delta_weights(
     consumer: str, folder: Path, uneven: Adapter, tmp_path: Path
 ) -> None:
-    fixed = adaptertools.fix(folder, tmp_path / "fixed", consumer)
+    fixed = adaptertools.fix(folder, tmp_path / "fixed", consumer, version=VERSIONS.get(consumer))
     assert fixed.after.passes
     assert adaptertools.check(tmp_path / "fixed", consumer).passes
     found = products(tmp_path / "fixed")
@@ -101,7 +107,7 @@ def test_the_fixed_file_passes_and_its_bare_products_are_the_delta_weights(
 def test_the_fixed_configuration_says_nothing_that_a_program_may_not_read(
     consumer: str, rank: int, folder: Path, tmp_path: Path
 ) -> None:
-    adaptertools.fix(folder, tmp_path / "fixed", consumer)
+    adaptertools.fix(folder, tmp_path / "fixed", consumer, version=VERSIONS.get(consumer))
     stated = config(tmp_path / "fixed")
     assert (stated["r"], stated["lora_alpha"]) == (rank, rank)
     assert type(stated["lora_alpha"]) is int
@@ -116,6 +122,7 @@ def test_the_fixed_configuration_says_nothing_that_a_program_may_not_read(
 def test_lorax_gets_zeros_in_the_layers_that_lack_a_module(folder: Path, tmp_path: Path) -> None:
     assert {f.rule for f in adaptertools.check(folder, "lorax").broken} >= {"every layer", "rank_pattern"}
     fixed = adaptertools.fix(folder, tmp_path / "fixed", "lorax")
+    assert fixed.plain is not None
     assert [str(target) for target in fixed.plain.filled] == [
         "model.layers.1.self_attn.o_proj",
         "model.layers.2.self_attn.o_proj",
@@ -130,6 +137,7 @@ def test_layers_behind_the_last_adapted_one_are_known_from_the_base(folder: Path
     last = {name.replace(".2.", ".3."): weight.clone() for name, weight in weights.items() if ".2." in name}
     save_file(weights | last, base / "model.safetensors")
     fixed = adaptertools.fix(folder, tmp_path / "fixed", "lorax", base=base)
+    assert fixed.plain is not None
     assert "model.layers.3.self_attn.q_proj" in map(str, fixed.plain.filled)
 
 
@@ -198,7 +206,7 @@ def test_slots_of_a_fused_projection_become_one_module(uneven: Adapter, tmp_path
 def test_a_module_that_is_scaled_by_zero_stays_without_effect(uneven: Adapter, tmp_path: Path) -> None:
     silent = replace(uneven, modules=(module(0, "q_proj", 4, alpha=0.0), module(0, "v_proj", 4)))
     place = adaptertools.write(silent, tmp_path / "silent", format="peft").path
-    adaptertools.fix(place, tmp_path / "fixed", "vllm")
+    adaptertools.fix(place, tmp_path / "fixed", "vllm", version=VERSIONS["vllm"])
     assert not products(tmp_path / "fixed")["model.layers.0.self_attn.q_proj"].any()
 
 
@@ -212,7 +220,9 @@ def dora(uneven: Adapter, tmp_path: Path) -> Path:
 
 
 def test_dora_without_the_base_model_is_refused_with_the_way_out(dora: Path, tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedFeatureError, match=r"DoRA .* --base BASE makes it the nearest LoRA; or merge"):
+    with pytest.raises(
+        UnsupportedFeatureError, match=r"DoRA .* --base BASE, weights and all, makes it the nearest LoRA; or merge"
+    ):
         adaptertools.fix(dora, tmp_path / "fixed", "vllm")
     assert not (tmp_path / "fixed").exists()
 
@@ -300,7 +310,8 @@ def test_a_head_that_vllm_takes_stays(uneven: Adapter, tmp_path: Path) -> None:
 def test_weights_that_were_stored_untrained_are_left_out_and_said(uneven: Adapter, tmp_path: Path) -> None:
     stored = replace(uneven, full_weights={"lm_head.weight": replace(HEAD, role=WeightRole.BASE)})
     place = adaptertools.write(stored, tmp_path / "stored", format="peft").path
-    fixed = adaptertools.fix(place, tmp_path / "fixed", "vllm")
+    fixed = adaptertools.fix(place, tmp_path / "fixed", "vllm", version=VERSIONS["vllm"])
+    assert fixed.plain is not None
     assert fixed.plain.left_out == ("lm_head.weight",)
     assert not any("lm_head" in key for key in load_file(tmp_path / "fixed" / "adapter_model.safetensors"))
 
@@ -314,11 +325,87 @@ def test_names_that_the_base_model_lacks_are_found_and_not_mended(uneven: Adapte
         adaptertools.fix(place, tmp_path / "fixed", "vllm", base=base)
 
 
-def test_shapes_that_the_base_model_has_otherwise_are_found(uneven: Adapter, base: Path, tmp_path: Path) -> None:
+def test_sizes_that_the_base_model_has_otherwise_are_told_from_names_that_it_lacks(
+    uneven: Adapter, base: Path, tmp_path: Path
+) -> None:
     wide = replace(uneven, modules=(module(0, "q_proj", 4, lora_B=torch.ones(36, 4)), module(0, "v_proj", 4)))
     place = adaptertools.write(wide, tmp_path / "wide", format="peft").path
-    (finding,) = adaptertools.check(place, "vllm", base=base).broken
+    found = adaptertools.check(place, "vllm", base=base)
+    (finding,) = found.broken
+    assert finding.rule == "sizes in the base"
     assert finding.found == ("model.layers.0.self_attn.q_proj has shape (24, 24) there, (36, 24) here",)
+    assert list(ways_out(found)) == ["sizes in the base"]
+    assert "another size of this model" in ways_out(found)["sizes in the base"]
+    assert "--rename" not in ways_out(found)["sizes in the base"]
+
+
+def test_a_base_of_a_configuration_alone_mends_no_dora_and_says_what_is_missing(
+    dora: Path, base: Path, tmp_path: Path
+) -> None:
+    (base / "model.safetensors").unlink()
+    found = adaptertools.check(dora, "vllm", base=base)
+    assert "weights and all" in ways_out(found)["DoRA"]
+    assert fix_command(found) is None
+    with pytest.raises(
+        MatchError, match=r"DoRA renormalises .* has a config\.json alone. Give the folder with its weights"
+    ):
+        adaptertools.fix(dora, tmp_path / "fixed", "vllm", base=base)
+
+
+@pytest.mark.parametrize("consumer", consumers.names())
+def test_a_base_of_a_configuration_alone_is_taken_for_every_consumer(consumer: str, tmp_path: Path) -> None:
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    shutil.copy(FIXTURES / "base" / "llama_tiny" / "config.json", alone)
+    source = FIXTURES / "base" / "llama_tiny_lora"
+    fixed = adaptertools.fix(source, tmp_path / "fixed", consumer, base=alone)
+    assert (fixed.after.passes, fixed.relative_error) == (True, 0)
+
+
+def test_flat_names_with_a_base_of_a_configuration_alone_say_what_they_need(tmp_path: Path) -> None:
+    flat = FIXTURES / "kohya" / "unet_and_text_encoder"
+    shutil.copy(FIXTURES / "base" / "llama_tiny" / "config.json", tmp_path)
+    with pytest.raises(OptionError, match=r"config\.json alone. Give the folder with its weights"):
+        adaptertools.check(flat, "comfyui", base=tmp_path)
+
+
+def test_quantised_weights_make_no_lora_of_dora(dora: Path, base: Path, tmp_path: Path) -> None:
+    weights = load_file(base / "model.safetensors")
+    save_file({name: weight.to(torch.int8) for name, weight in weights.items()}, base / "model.safetensors")
+    with pytest.raises(UnsupportedFeatureError, match="Give the model that was quantised"):
+        adaptertools.fix(dora, tmp_path / "fixed", "vllm", base=base)
+
+
+def test_a_gguf_base_is_refused_with_what_to_give(folder: Path, tmp_path: Path) -> None:
+    adapter = FIXTURES / "gguf" / "llama_f32" / "adapter.gguf"
+    model = Path(shutil.copy(adapter, tmp_path / "model.gguf"))
+    for given in (model, tmp_path):
+        with pytest.raises(
+            UnknownFormatError, match=r"model\.gguf: a GGUF file cannot be .* Give the Hugging Face folder"
+        ):
+            adaptertools.check(folder, "llama.cpp", base=given)
+
+
+def test_no_command_is_named_whose_result_could_not_be_written(folder: Path, tmp_path: Path) -> None:
+    """GGUF's names need a base model."""
+    found = adaptertools.check(folder, "llama.cpp")
+    assert fix_command(found) is None
+    with pytest.raises(OptionError) as refused:
+        adaptertools.fix(folder, tmp_path / "fixed", "llama.cpp")
+    assert "--base DIR" in found.refused
+    assert found.refused.partition(": ")[2] == str(refused.value).partition(": ")[2]
+    config = json.loads((FIXTURES / "base" / "llama_tiny" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    found = adaptertools.check(folder, "llama.cpp", base=tmp_path)
+    assert (found.refused, fix_command(found) is None) == ("", False)
+
+
+def test_dora_that_diffusers_leaves_out_of_kohyas_files_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    locon = FIXTURES / "kohya" / "locon"
+    found = adaptertools.check(locon, "diffusers")
+    assert "--to diffusers" in ways_out(found)["DoRA of kohya"]
+    with pytest.raises(UnsupportedFeatureError, match=r"DoRA of kohya .*--to diffusers"):
+        adaptertools.fix(locon, tmp_path / "fixed.safetensors", "diffusers")
 
 
 def test_the_source_stays_as_it_was_and_the_history_says_what_was_done(folder: Path, tmp_path: Path) -> None:
@@ -358,7 +445,52 @@ def test_options_of_another_type_are_refused(options: dict[str, Any], folder: Pa
         adaptertools.check(folder, "vllm", **options)
 
 
-def test_fixing_what_is_in_order_loses_nothing(plain: Adapter, peft_folder: Path, tmp_path: Path) -> None:
-    fixed = adaptertools.fix(peft_folder, tmp_path / "fixed", "vllm")
-    assert fixed.before.passes
-    assert adaptertools.diff(plain, adaptertools.read(tmp_path / "fixed"), tolerance=0.0).same
+PASSING = {
+    "peft/llama_patterns": "vllm",
+    "peft/bert": "vllm",
+    "mlx/dora": "mlx",
+    "gguf/llama_f32": "llama.cpp",
+    "kohya/locon": "comfyui",
+    "diffusers/pipeline_metadata": "diffusers",
+}
+
+
+@pytest.mark.parametrize("case", PASSING)
+def test_what_passes_is_written_unchanged(case: str, tmp_path: Path) -> None:
+    given = adaptertools.read(FIXTURES / case)
+    fixed = adaptertools.fix(FIXTURES / case, tmp_path / "fixed", PASSING[case])
+    assert (fixed.before.passes, fixed.unchanged, fixed.plain, fixed.steps) == (True, True, None, ())
+    assert (fixed.relative_error, fixed.exact) == (0, True)
+    written = adaptertools.read(tmp_path / "fixed")
+    assert adaptertools.diff(given, written, tolerance=0.0).same
+    assert written.origin is not None
+    assert given.origin is not None
+    assert (written.origin.format, written.origin.container) == (given.origin.format, given.origin.container)
+    for one, other in zip(given.modules, written.modules, strict=True):
+        assert (one.target, one.rank, one.alpha, one.scale_rule) == (
+            other.target,
+            other.rank,
+            other.alpha,
+            other.scale_rule,
+        )
+        assert all(torch.equal(tensor, other.tensors[name]) for name, tensor in one.tensors.items())
+
+
+def test_what_passes_in_a_format_that_is_only_read_keeps_its_factors_in_the_one_that_is_written(tmp_path: Path) -> None:
+    fixed = adaptertools.fix(FIXTURES / "lycoris" / "lokr", tmp_path / "fixed.safetensors", "comfyui")
+    assert (fixed.before.passes, fixed.unchanged, fixed.report.format) == (True, False, "kohya")
+    assert fixed.relative_error == 0
+
+
+def test_a_dtype_that_is_asked_for_is_no_unchanged_file(plain: Adapter, peft_folder: Path, tmp_path: Path) -> None:
+    fixed = adaptertools.fix(peft_folder, tmp_path / "fixed", "vllm", dtype="bf16")
+    assert (fixed.before.passes, fixed.unchanged) == (True, False)
+    found = adaptertools.diff(plain, adaptertools.read(tmp_path / "fixed"))
+    assert fixed.relative_error == pytest.approx(found.relative_distance)
+    assert fixed.relative_error > 0
+
+
+def test_quantised_factors_are_said_to_be_written_wider(tmp_path: Path) -> None:
+    fixed = adaptertools.fix(FIXTURES / "gguf" / "llama_q8_0", tmp_path / "fixed.gguf", "llama.cpp")
+    assert (fixed.before.passes, fixed.unchanged, fixed.relative_error) == (True, False, 0)
+    assert "quantised factors are written as they were read, in float32" in fixed.report.notes

@@ -12,6 +12,7 @@ from conftest import Ran
 
 import adaptertools
 from adaptertools.adapter import Adapter, ScaleRule
+from adaptertools.cli.check import CONSUMERS
 
 Run = Callable[..., Ran]
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -38,7 +39,7 @@ def test_what_loads_exits_with_zero_and_lists_every_rule(run: Run, peft_folder: 
     )
     assert said[2] == "RULE VERDICT REASON"
     assert said[3] == "format ok vLLM loads peft"
-    assert said[-1] == "names in the base not checked needs --base"
+    assert said[-2:] == [f"{what} in the base not checked needs --base" for what in ("names", "sizes")]
     assert len(said) - 3 == len(adaptertools.check(peft_folder, "vllm").findings)
 
 
@@ -224,3 +225,48 @@ def test_an_error_of_the_source_is_no_verdict(run: Run, tmp_path: Path) -> None:
     ran = run("check", tmp_path / "nothing", "--for", "vllm", "--json")
     assert ran.code == 1
     assert json.loads(ran.out)["error"]["type"] == "SourceNotFoundError"
+
+
+def test_what_passes_is_said_to_be_written_unchanged(run: Run, peft_folder: Path, tmp_path: Path) -> None:
+    ran = run("check", peft_folder, "--for", "vllm", "--fix", tmp_path / "fixed")
+    assert (ran.code, ran.err) == (0, "")
+    assert lines(ran)[:2] == [
+        f"{peft_folder} (peft) passes as it is, vLLM 0.33.0; written unchanged to {tmp_path / 'fixed'} (peft)",
+        "error 0: the delta weights are the same",
+    ]
+    config = [(place / "adapter_config.json").read_text() for place in (peft_folder, tmp_path / "fixed")]
+    assert config[0] == config[1]
+    document = run("check", peft_folder, "--for", "vllm", "--fix", tmp_path / "again", "--json").json
+    assert (document["unchanged"], document["mended"], document["done"], document["exact"]) == (True, [], [], True)
+
+
+def test_what_could_not_be_written_is_said_instead_of_a_command_that_fails(run: Run, peft_folder: Path) -> None:
+    ran = run("check", peft_folder, "--for", "llama.cpp")
+    assert ran.code == 4
+    assert lines(ran)[-1].startswith(
+        "--fix cannot write gguf as it is: model.layers.0.self_attn.q_proj: GGUF calls it by"
+    )
+    document = run("check", peft_folder, "--for", "llama.cpp", "--json").json
+    assert (document["fix"], document["refused"].count("--base DIR")) == (None, 1)
+
+
+FORMATS = sorted(place for place in FIXTURES.iterdir() if place.is_dir() and place.name not in ("base", "malformed"))
+CASES = [case for place in FORMATS for case in sorted(place.iterdir())]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.parent.name}/{case.name}")
+def test_every_fixture_has_a_verdict_for_every_consumer_and_the_command_that_helps_does(
+    case: Path, run: Run, tmp_path: Path
+) -> None:
+    src = next((case / name for name in ("final", "epoch_0") if (case / name).is_dir()), case)
+    for consumer in CONSUMERS:
+        found = run("check", src, "--for", consumer, "--json")
+        if found.code in (1, 2):
+            assert found.json["error"]["message"]
+            continue
+        assert found.code == (0 if found.json["passes"] else 4)
+        if found.json["passes"] or found.json["fix"]:
+            fixed = run("check", src, "--for", consumer, "--fix", tmp_path / consumer, "--json")
+            assert (fixed.code, fixed.json["check"]["passes"]) == (0, True), consumer
+        else:
+            assert found.json["ways_out"] or found.json["refused"]

@@ -1,6 +1,7 @@
 """`adaptertools diff`: what it says, and the exit code that a script goes by."""
 
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import adaptertools
 from adaptertools.adapter import Adapter, Base, FullWeight, RowWeights
 
 Run = Callable[..., Ran]
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 
 
 def lines(ran: Ran) -> list[str]:
@@ -98,6 +100,7 @@ def test_the_document_says_the_same(run: Run, peft_folder: Path, other_folder: P
                 "note": "",
             }
         ],
+        "dora": {"on_base": [], "in_parts": []},
         "others": [],
         "notes": ["base model: tiny/llama in A, tiny/other in B"],
     }
@@ -219,6 +222,8 @@ def test_all_that_is_no_factor_has_a_line(run: Run, plain: Adapter, tmp_path: Pa
         "distance 0",
         "cosine 1",
         "modules 1 in both, 1 of them equal bit for bit",
+        "DoRA 1 module compared by direction and magnitude alone, without the base weight: --base BASE, weights and "
+        f"all, compares what it adds: {name}",
         f"magnitude {name}.magnitude: relative distance 0.5, largest difference 0.5",
         "full weight head.weight: relative distance 0.25, largest difference 0.25",
         "token rows model.embed_tokens.weight: rows 1, 2 in A, 1, 3 in B",
@@ -248,3 +253,48 @@ def test_where_no_name_meets_another_the_way_to_turn_flat_ones_back_is_named(
     flat = "fixtures/kohya/unet_and_text_encoder/adapter.safetensors"
     assert hint in lines(run("diff", peft_folder, Path(__file__).parents[1] / flat))
     assert hint not in lines(run("diff", peft_folder, other_folder))
+
+
+def test_with_its_base_what_dora_adds_is_compared(run: Run, tmp_path: Path) -> None:
+    dora = FIXTURES / "peft" / "dora"
+    base = dora / "base.safetensors"
+    fixed = run("check", dora, "--for", "vllm", "--max-rank", "1", "--base", base, "--fix", tmp_path / "lora", "--json")
+    ran = run("diff", dora, tmp_path / "lora", "--base", base, "--json")
+    assert ran.code == 4
+    assert ran.json["relative_distance"] == pytest.approx(fixed.json["relative_error"], rel=1e-5)
+    assert ran.json["weights"] == []
+    assert ran.json["dora"] == {"on_base": ["embed", "lin0", "lin1"], "in_parts": []}
+    ran = run("diff", dora, tmp_path / "lora", "--base", base, "--tolerance", "1")
+    assert ran.code == 0
+    assert "DoRA 3 modules compared by what they add to the base model" in lines(ran)
+
+
+def test_a_base_of_a_configuration_alone_leaves_dora_in_parts(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    dora = FIXTURES / "peft" / "dora"
+    adaptertools.convert(dora, tmp_path / "lora", to="peft", drop=["dora"])
+    ran = run("diff", dora, tmp_path / "lora", "--base", tmp_path)
+    assert (ran.code, ran.err) == (4, "")
+    assert any("compared by direction and magnitude alone, without the base weight" in line for line in lines(ran))
+    assert any(line.startswith("magnitude lin0.magnitude: only in A") for line in lines(ran))
+
+
+def test_names_of_gguf_take_a_base_of_a_configuration_alone(run: Run, tmp_path: Path) -> None:
+    """Beside sources of other formats too, whose readers ask for no names."""
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    shutil.copy(FIXTURES / "base" / "llama_tiny" / "config.json", alone)
+    source = FIXTURES / "base" / "llama_tiny_lora"
+    adaptertools.convert(source, tmp_path / "adapter.gguf", to="gguf", read_options={"base": alone})
+    for name, to in (("a.safetensors", "kohya"), ("b.safetensors", "diffusers"), ("c", "mlx")):
+        adaptertools.convert(source, tmp_path / name, to=to)
+        ran = run("diff", tmp_path / "adapter.gguf", tmp_path / name, "--base", alone)
+        assert (ran.code, ran.err) == (0, "")
+
+
+def test_flat_names_say_why_a_configuration_is_not_enough(run: Run, peft_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    ran = run("diff", FIXTURES / "kohya" / "unet_and_text_encoder", peft_folder, "--base", tmp_path)
+    assert ran.code == 2
+    assert "by the names of the base model's weights" in ran.err
+    assert "has a config.json alone. Give the folder with its weights" in ran.err

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from stack_cases import adapter, assert_is_weighted_sum, module
+from stack_cases import adapter, assert_is_weighted_sum, dense, module
 
 import adaptertools
 from adaptertools.adapter import Adapter, Base, FullWeight
@@ -61,6 +61,92 @@ def test_what_was_rounded_is_said_with_its_error(pair: list[Path], tmp_path: Pat
     shown = run("stack", *pair, tmp_path / "again", "--weights", "0.7,0.3")
     line = f"  delta weight off by {off:.1e} of a module's norm at most; elements rounded to within {error:.1e}\n"
     assert line in shown.out
+
+
+FOLDING = {"diffusers": ".safetensors", "kohya": ".safetensors", "mlx": "", "flax": ".safetensors", "loralib": ".pt"}
+
+
+@pytest.fixture
+def awkward(tmp_path: Path) -> list[Path]:
+    """Two PEFT adapters whose sum is exact, and whose scalings no float32 times lora_B holds."""
+    names = ("model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj")
+    made = [adapter(module(names[0]), module(names[1], seed=3, alpha=5.3)), adapter(module(names[0], alpha=3.7))]
+    return [
+        adaptertools.write(one, tmp_path / "sources" / str(number), format="peft").path
+        for number, one in enumerate(made)
+    ]
+
+
+@pytest.mark.parametrize("to", FOLDING)
+def test_the_error_is_that_of_the_file_where_writing_folds_the_scaling(
+    to: str, awkward: list[Path], tmp_path: Path, run: Run
+) -> None:
+    out = tmp_path / f"out{FOLDING[to]}"
+    same = [awkward[0], awkward[0]]
+    ran = run("stack", *same, out, "--to", to, "--json")
+    assert ran.code == 0, ran.err
+    said = ran.json
+    read_back = adaptertools.read(out)
+    wanted = [2 * dense(one) for one in adaptertools.read(awkward[0]).modules]
+    found = [dense(one) for one in read_back.modules]
+    errors = [float((a - b).norm() / a.norm()) for a, b in zip(wanted, found, strict=True)]
+    assert said["stack"]["exact"] is True
+    assert said["exact"] is said["writing"]["exact"] is (max(errors) == 0)
+    assert said["max_delta_error"] == said["writing"]["max_delta_error"]
+    assert abs(said["max_delta_error"] - max(errors)) <= 1e-3 * max(errors)
+    shown = run("stack", *same, out, "--to", to, "--overwrite").out
+    off = f"off by {said['max_delta_error']:.1e} of a module's norm at most"
+    if said["exact"]:
+        assert "  delta weight exact, checked bit by bit\n" in shown
+        return
+    assert f"  delta weight {off}, in the file\n  stacking     exact, checked bit by bit\n" in shown
+    assert f"  writing      {off}, read back from the file\n" in shown
+    stack, write = (entry.details for entry in read_back.history[-2:])
+    assert (stack["exact"], write["exact"]) == (True, False)
+
+
+def test_most_formats_of_those_do_fold(awkward: list[Path], tmp_path: Path, run: Run) -> None:
+    inexact = [
+        to
+        for to, suffix in FOLDING.items()
+        if not run("stack", awkward[0], awkward[0], tmp_path / f"{to}{suffix}", "--to", to, "--json").json["exact"]
+    ]
+    assert {"diffusers", "kohya", "mlx"} <= set(inexact)
+
+
+def test_errors_of_stacking_and_of_writing_come_together(awkward: list[Path], tmp_path: Path, run: Run) -> None:
+    ran = run("stack", *awkward, tmp_path / "out", "--weights", "0.7,0.3", "--to", "mlx", "--json")
+    assert ran.code == 0, ran.err
+    meant, off = ran.json["stack"]["max_delta_error"], ran.json["writing"]["max_delta_error"]
+    assert 0 < max(meant, off) <= ran.json["max_delta_error"] <= (meant + off) * (1 + 1e-6)
+    read_back = {str(one.target): dense(one) for one in adaptertools.read(tmp_path / "out").modules}
+    one, other = ({str(m.target): dense(m) for m in adapter.modules} for adapter in read(*awkward))
+    for name, found in read_back.items():
+        wanted = 0.7 * one[name] + (0.3 * other[name] if name in other else 0)
+        assert float((found - wanted).norm() / wanted.norm()) <= ran.json["max_delta_error"] * (1 + 1e-6)
+
+
+def test_writing_after_a_truncation_has_a_line_of_its_own(awkward: list[Path], tmp_path: Path, run: Run) -> None:
+    ran = run("stack", *awkward, tmp_path / "out", "--weights", "0.7,0.3", "--to", "mlx", "--rank", "2")
+    assert ran.code == 0, ran.err
+    labels = [line[2:15].strip() for line in ran.out.splitlines()]
+    assert labels[3:9] == ["rank", "stacking", "truncated", "error", "rounding", "writing"]
+    document = run("stack", *awkward, tmp_path / "two", "--to", "mlx", "--rank", "2", "--json").json
+    assert document["max_delta_error"] is None  # the truncation's is of the norm of all modules together
+    assert document["writing"]["max_delta_error"] > 0
+
+
+def test_a_base_model_counts_for_writing_too(awkward: list[Path], tmp_path: Path, run: Run) -> None:
+    from safetensors.torch import save_file
+
+    base = tmp_path / "base"
+    base.mkdir()
+    names = [f"prefix.model.layers.0.self_attn.{leaf}.weight" for leaf in ("q_proj", "v_proj")]
+    save_file({name: torch.zeros(8, 10) for name in names}, base / "model.safetensors", metadata={"format": "mlx"})
+    (base / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    ran = run("stack", *awkward, tmp_path / "out", "--to", "mlx", "--base", base)
+    assert ran.code == 1, "names that the base lacks are refused only by a writer that was given the base"
+    assert "there is no such module in" in ran.err
 
 
 def test_terms_that_cancel_are_said_with_the_error_of_what_is_left(pair: list[Path], tmp_path: Path, run: Run) -> None:

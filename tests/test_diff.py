@@ -217,7 +217,9 @@ def test_rescaling_that_keeps_the_delta_is_no_difference(held: Adapter, alpha: f
     share = size_of_factors(held) / float(stretched(held, held)[0].norm())
     assert found.relative_distance <= (said["max_relative_error"] + 10 * EPSILON) * share
     assert all(weight.relative_distance <= said["max_relative_error"] + EPSILON for weight in found.weights)
-    if said["exact"] and all(m.scale_rule is not ScaleRule.ALPHA_OVER_SQRT_RANK for m in held.modules):
+    if said["exact"] and all(
+        m.scale_rule is not ScaleRule.ALPHA_OVER_SQRT_RANK and m.nominal_rank.bit_count() == 1 for m in held.modules
+    ):  # else alpha / r is rounded, before and after
         assert (found.distance, found.weights) == (0, ())
 
 

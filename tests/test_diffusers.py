@@ -21,6 +21,7 @@ from adaptertools.adapter import Adapter, Base, HistoryEntry, Kind, LoraModule, 
 from adaptertools.containers.source import Source
 from adaptertools.dialects.diffusers import flux
 from adaptertools.dialects.diffusers.keys import parse_key
+from adaptertools.dialects.diffusers.sgm import diffusers_name
 from adaptertools.errors import (
     AmbiguousFormatError,
     ConfigError,
@@ -153,7 +154,7 @@ def test_alphas_count_where_no_metadata_stands_and_the_rest_is_scaled_by_one(tmp
     save_file(tensors, tmp_path / FILE)
     adapter = adaptertools.read(tmp_path / FILE)
     assert {m.target.parameter: m.scaling for m in adapter.modules} == {QUERY: 2.5, "conv_in": 1.0}
-    assert any("1 modules have no alpha, such as conv_in" in note for note in adapter.notes)
+    assert any("1 module has no alpha, such as conv_in" in note for note in adapter.notes)
     (conv,) = [m for m in adapter.modules if m.kind is Kind.CONV]
     expected = torch.einsum("or,rikl->oikl", other.lora_B, other.lora_A.reshape(3, 4, 3, 3))
     torch.testing.assert_close(conv.delta_weight(), expected)
@@ -387,7 +388,7 @@ def test_a_base_model_says_which_names_it_does_not_have(tmp_path: Path) -> None:
     save_file({f"{QUERY}.weight": torch.zeros(6, 4)}, tmp_path / "base.safetensors")
     adaptertools.write(adapter_of(module(), module("conv_in")), tmp_path / FILE, format="diffusers")
     notes = adaptertools.read(tmp_path / FILE, base=tmp_path / "base.safetensors").notes
-    assert any("lacks 1 parameters that the adapter changes, such as conv_in" in note for note in notes)
+    assert any("lacks 1 parameter that the adapter changes, such as conv_in" in note for note in notes)
 
 
 def flux_modules(
@@ -594,3 +595,64 @@ def test_double_blocks_alone_are_those_of_flux_where_the_caller_says_so(tmp_path
     keys = load_file(tmp_path / "slot.safetensors")
     assert "lora_unet_transformer_blocks_0_attn_to_q.lora_up.weight" in keys
     assert keys["lora_unet_a_qkv.lora_up.weight"].shape == (24, 2)
+
+
+@pytest.mark.parametrize(
+    ("flat", "name"),
+    [
+        (
+            "input_blocks_4_1_transformer_blocks_0_attn1_to_out_0",
+            "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_out.0",
+        ),
+        ("input_blocks_8_1_proj_in", "down_blocks.2.attentions.1.proj_in"),
+        ("input_blocks_3_0_op", "down_blocks.0.downsamplers.0.conv"),
+        ("input_blocks_7_0_skip_connection", "down_blocks.2.resnets.0.conv_shortcut"),
+        (
+            "middle_block_1_transformer_blocks_9_ff_net_0_proj",
+            "mid_block.attentions.0.transformer_blocks.9.ff.net.0.proj",
+        ),
+        ("middle_block_2_in_layers_2", "mid_block.resnets.1.conv1"),
+        ("output_blocks_5_1_transformer_blocks_1_ff_net_2", "up_blocks.1.attentions.2.transformer_blocks.1.ff.net.2"),
+        ("output_blocks_5_2_conv", "up_blocks.1.upsamplers.0.conv"),
+        ("output_blocks_6_0_emb_layers_1", "up_blocks.2.resnets.0.time_emb_proj"),
+        ("input_blocks_0_0", "conv_in"),
+        ("label_emb_0_2", "add_embedding.linear_2"),
+        ("down_blocks_0_attentions_0_proj_in", None),
+        ("input_blocks_0_1_proj_in", None),
+        ("input_blocks_4_2_proj_in", None),
+        ("input_blocks_4_1_transformer_blocks_0_attn3_to_q", None),
+        ("input_blocks_4_1_transformer_blocks_0_attn1_to_out", None),
+        ("input_blocks_3_0_in_layers_2", None),
+        ("middle_block_3_in_layers_2", None),
+    ],
+)
+def test_names_of_the_unet_of_sdxl_turn_back(flat: str, name: str | None) -> None:
+    assert diffusers_name(flat) == name
+
+
+def kohya_file(path: Path, *names: str) -> Path:
+    factors = {"lora_down.weight": torch.ones(2, 4), "lora_up.weight": torch.ones(4, 2), "alpha": torch.tensor(2.0)}
+    save_file({f"{name}.{part}": value.clone() for name in names for part, value in factors.items()}, path)
+    return path
+
+
+def test_a_file_for_sdxl_becomes_one_of_diffusers_without_a_base(tmp_path: Path) -> None:
+    clip = "text_model_encoder_layers_31_mlp_fc1"
+    path = kohya_file(tmp_path / "a.safetensors", "lora_unet_middle_block_1_proj_in", f"lora_te2_{clip}")
+    adaptertools.convert(path, tmp_path / "b.safetensors", to="diffusers")
+    made = adaptertools.read(tmp_path / "b.safetensors")
+    assert [str(m.target) for m in made.modules] == [
+        "text_encoder_2:text_model.encoder.layers.31.mlp.fc1",
+        "unet:mid_block.attentions.0.proj_in",
+    ]
+    assert adaptertools.diff(adaptertools.read(path), made).same
+    adaptertools.convert(path, tmp_path / "c.safetensors", to="kohya")
+    assert load_file(tmp_path / "c.safetensors").keys() == load_file(path).keys()
+
+
+def test_one_name_that_this_unet_does_not_have_leaves_all_as_they_are(tmp_path: Path) -> None:
+    path = kohya_file(
+        tmp_path / "a.safetensors", "lora_unet_middle_block_1_proj_in", "lora_unet_middle_block_9_proj_in"
+    )
+    with pytest.raises(UnsupportedFeatureError, match="could not be turned back"):
+        adaptertools.convert(path, tmp_path / "b.safetensors", to="diffusers")

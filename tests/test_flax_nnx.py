@@ -149,7 +149,7 @@ def test_a_whole_model_is_read_only_when_its_own_weights_may_be_left_aside(tmp_p
         adaptertools.read(tmp_path / "model.msgpack")
     adapter = adaptertools.read(tmp_path / "model.msgpack", ignore_other=True)
     assert set(modules_of(adapter)) == {"up", "down"}
-    assert "2 tensors that are no LoRA factors were left aside" in adapter.notes
+    assert "left aside: 2 tensors that are no LoRA factors" in adapter.notes
 
 
 def test_scanned_nnx_layers_are_read_one_by_one(tmp_path: Path) -> None:

@@ -133,10 +133,10 @@ def test_what_a_header_says_and_is_not_carried_is_named(tmp_path: Path) -> None:
     adapter = replace(adapter, metadata={"gguf": said})
     again = written(adapter, tmp_path / "a.gguf")
     assert "metadata of gguf not carried: 1 entry (general.tags)" in again.notes
-    peft = adaptertools.write(adapter, tmp_path / "peft", format="peft")
-    assert "metadata of gguf not carried: 2 entries (general.author, general.tags)" in peft.notes
-    flax = adaptertools.write(adapter, tmp_path / "flax.msgpack", format="flax")
-    assert not [note for note in flax.notes if "not carried" in note]
+    for path, name in ((tmp_path / "peft", "peft"), (tmp_path / "flax.msgpack", "flax")):
+        elsewhere = adaptertools.write(adapter, path, format=name)
+        assert not [note for note in elsewhere.notes if "not carried" in note]
+        assert adaptertools.read(path).metadata["gguf"]["other"] == said["other"]
 
 
 @pytest.mark.parametrize("name", [name for name in formats.names() if formats.get(name).CONTAINERS and name != "gguf"])
@@ -489,7 +489,7 @@ def test_trained_norms_are_left_out_only_where_that_is_asked_for(tmp_path: Path)
         adaptertools.read(path)
     adapter = adaptertools.read(path, ignore_norms=True)
     assert len(adapter.modules) == 1
-    assert "1 norms" in adapter.notes[0]
+    assert "1 norm that" in adapter.notes[0]
 
 
 def test_an_architecture_that_is_not_known_keeps_its_names(tmp_path: Path) -> None:

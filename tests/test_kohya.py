@@ -163,7 +163,7 @@ def test_a_module_without_alpha_has_the_scaling_one_and_is_written_with_its_rank
     path = saved(tmp_path / "x.safetensors", group(alpha=None))
     adapter = adaptertools.read(path)
     assert adapter.modules[0].scaling == 1.0
-    assert any("1 modules have no alpha" in note for note in adapter.notes)
+    assert any("1 module has no alpha" in note for note in adapter.notes)
     adaptertools.write(adapter, tmp_path / "y.safetensors", format="kohya")
     alpha = load_file(tmp_path / "y.safetensors")[f"{NAME}.alpha"]
     assert (alpha.ndim, float(alpha)) == (0, 2.0)
@@ -234,7 +234,7 @@ def test_a_core_does_what_its_two_convolutions_do(tmp_path: Path) -> None:
     expected = conv(conv(conv(image, down), mid), up) * 0.5
     found = conv(image, module.delta_weight())
     assert torch.allclose(found, expected, atol=1e-5)
-    assert any("factors of 1 modules were computed: 1 of their factors were rounded" in note for note in adapter.notes)
+    assert any("factors of 1 module were computed: 1 factor was rounded" in note for note in adapter.notes)
 
 
 def test_a_core_of_double_precision_stays_one(tmp_path: Path) -> None:
@@ -411,6 +411,30 @@ def test_a_prefix_may_be_given_for_what_has_no_name(tmp_path: Path) -> None:
         adaptertools.write(other, tmp_path / "y.safetensors", format="kohya")
 
 
+@pytest.mark.parametrize(
+    ("parameter", "prefix", "guessed"),
+    [
+        ("model.layers.0.self_attn.q_proj", "lora_unet_", True),
+        ("transformer.h.0.attn.c_attn", "lora_unet_", True),
+        ("text_model.encoder.layers.0.self_attn.q_proj", "lora_te_", True),
+        ("down_blocks.0.attentions.0.proj_in", "lora_unet_", False),
+        ("double_blocks.0.img_attn.proj", "lora_unet_", False),
+    ],
+)
+def test_a_prefix_that_is_a_guess_is_stated_with_the_option_that_chooses_another(
+    parameter: str, prefix: str, guessed: bool, tmp_path: Path
+) -> None:
+    adapter = Adapter(modules=(linear(1.0, target=Target(parameter=parameter)),))
+    report = adaptertools.write(adapter, tmp_path / "x.safetensors", format="kohya")
+    assert f"{prefix}{parameter.replace('.', '_')}.alpha" in load_file(tmp_path / "x.safetensors")
+    notes = [note for note in report.notes if f"written behind {prefix}" in note and "--out prefix=…" in note]
+    assert len(notes) == guessed
+    assert str(only(tmp_path / "x.safetensors").target) == parameter
+    chosen = adaptertools.write(adapter, tmp_path / "y.safetensors", format="kohya", prefix="lora_llm_")
+    assert not [note for note in chosen.notes if "written behind" in note]
+    assert f"lora_llm_{parameter.replace('.', '_')}.alpha" in load_file(tmp_path / "y.safetensors")
+
+
 def test_names_that_flatten_to_one_are_an_error_that_names_both(tmp_path: Path) -> None:
     modules = tuple(linear(1.0, target=Target(parameter=name)) for name in ("a.b_c", "a.b.c"))
     with pytest.raises(UnsupportedFeatureError, match=r"a\.b_c and a\.b\.c"):
@@ -444,7 +468,7 @@ def test_a_weight_of_another_shape_is_not_taken_for_the_module(tmp_path: Path) -
     base = saved(tmp_path / "base.safetensors", {"mid_block.attentions.0.proj_in.weight": torch.zeros(6, 5)})
     adapter = adaptertools.read(path, base=base)
     assert adapter.modules[0].target.opaque
-    assert any("no weight of that name and shape for 1 modules" in note for note in adapter.notes)
+    assert any("no weight of that name and shape for 1 module" in note for note in adapter.notes)
 
 
 def test_a_linear_layer_and_a_convolution_of_one_pixel_stand_for_one_another(tmp_path: Path) -> None:
@@ -618,12 +642,14 @@ def test_an_error_in_a_module_names_the_file(tmp_path: Path) -> None:
         adaptertools.read(tmp_path / "half.safetensors")
 
 
-def test_what_training_said_and_another_format_does_not_hold_is_named(tmp_path: Path) -> None:
+def test_what_training_said_goes_through_another_format_and_back(tmp_path: Path) -> None:
     factors = {"lora_unet_a.lora_down.weight": torch.ones(2, 4), "lora_unet_a.lora_up.weight": torch.ones(3, 2)}
     save_file(factors, tmp_path / "a.safetensors", {"ss_epoch": "3", "modelspec.title": "a", "format": "pt"})
     adapter = adaptertools.read(tmp_path / "a.safetensors")
     named = replace(adapter, modules=tuple(replace(m, target=Target(parameter="a")) for m in adapter.modules))
     report = adaptertools.write(named, tmp_path / "peft", format="peft")
-    assert "metadata of kohya not carried: 2 entries (modelspec.title, ss_epoch)" in report.notes
+    assert not [note for note in report.notes if "not carried" in note]
+    adaptertools.convert(tmp_path / "peft", tmp_path / "back.safetensors", to="kohya")
+    assert {"ss_epoch": "3", "modelspec.title": "a"}.items() <= header(tmp_path / "back.safetensors").items()
     same = adaptertools.write(adapter, tmp_path / "again.safetensors", format="kohya")
     assert not [note for note in same.notes if "not carried" in note]

@@ -167,3 +167,96 @@ def test_names_that_lycoris_flattened_turn_back_by_the_folder_of_the_pipeline(tm
 def adapted_layers(network: nn.Module) -> list[tuple[str, nn.Module]]:
     """LyCORIS's modules by their flat names."""
     return [(module.lora_name, module) for module in (*network.unet_loras, *network.text_encoder_loras)]
+
+
+def sdxl_unet() -> nn.Module:
+    """A UNet with the blocks of Stable Diffusion XL, a few channels wide."""
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(3)
+    return UNet2DConditionModel(
+        sample_size=8,
+        layers_per_block=2,
+        block_out_channels=(4, 8, 16),
+        norm_num_groups=2,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 1, 2),
+        use_linear_projection=True,
+        cross_attention_dim=6,
+        attention_head_dim=2,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=2,
+        projection_class_embeddings_input_dim=14,
+    ).eval()
+
+
+def sgm_names() -> list[str]:
+    """The layers of that UNet as the original model has them, place by place."""
+    resnet = ["in_layers.2", "emb_layers.1", "out_layers.3"]
+
+    def attention(depth: int) -> list[str]:
+        inner = [f"attn{n}.to_{to}" for n in (1, 2) for to in ("q", "k", "v", "out.0")] + ["ff.net.0.proj", "ff.net.2"]
+        return ["proj_in", "proj_out", *(f"transformer_blocks.{i}.{name}" for i in range(depth) for name in inner)]
+
+    def place(home: str, depth: int, *, skip: bool, end: str = "") -> list[str]:
+        parts = [[*resnet, *(["skip_connection"] if skip else [])], *([attention(depth)] if depth else [])]
+        names = [f"{home}.{number}.{name}" for number, part in enumerate(parts) for name in part]
+        return names + ([f"{home}.{len(parts)}.{end}"] if end else [])
+
+    names = ["time_embed.0", "time_embed.2", "label_emb.0.0", "label_emb.0.2", "input_blocks.0.0", "out.2"]
+    for number, (depth, skip) in {1: (0, False), 2: (0, False), 4: (1, True), 5: (1, False)}.items():
+        names += place(f"input_blocks.{number}", depth, skip=skip)
+    names += place("input_blocks.7", 2, skip=True) + place("input_blocks.8", 2, skip=False)
+    names += ["input_blocks.3.0.op", "input_blocks.6.0.op"]
+    names += [f"middle_block.{part}.{name}" for part in (0, 2) for name in resnet]
+    names += [f"middle_block.1.{name}" for name in attention(2)]
+    for number, depth in enumerate((2, 2, 2, 1, 1, 1, 0, 0, 0)):
+        names += place(f"output_blocks.{number}", depth, skip=True, end="conv" if number in (2, 5) else "")
+    return names
+
+
+def sgm_file(path: Path, model: nn.Module) -> Path:
+    """What sd-scripts saves of LoRA on every layer of that UNet; sizes are those that our names have in diffusers."""
+    from safetensors.torch import save_file
+
+    from adaptertools.dialects.diffusers.sgm import diffusers_name
+
+    generator, sizes, tensors = torch.Generator().manual_seed(11), weights(model), {}
+    for name in sgm_names():
+        flat = name.replace(".", "_")
+        found = diffusers_name(flat)
+        assert found is not None, flat
+        size = sizes[found].shape
+        down = torch.randn(2, *size[1:], generator=generator) * 0.2
+        up = torch.randn(size[0], 2, *(1 for _ in size[2:]), generator=generator) * 0.2
+        key = f"lora_unet_{flat}"
+        tensors |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up, f"{key}.alpha": torch.tensor(3.0)}
+    save_file(tensors, path, {"ss_base_model_version": "sdxl_base_v1-0"})
+    return path
+
+
+def test_every_layer_of_the_unet_of_sdxl_has_one_name_in_sgm() -> None:
+    from adaptertools.dialects.diffusers.sgm import diffusers_name
+
+    found = [diffusers_name(name.replace(".", "_")) for name in sgm_names()]
+    assert sorted(map(str, found)) == sorted(weights(sdxl_unet()))
+
+
+def test_diffusers_turns_names_of_sgm_back_as_we_do_and_fuses_the_same(tmp_path: Path) -> None:
+    model = sdxl_unet()
+    before = weights(model)
+    path = sgm_file(tmp_path / "kohya.safetensors", model)
+    assert all(module.target.opaque for module in adaptertools.read(path).modules)
+    adaptertools.convert(path, tmp_path / "pytorch_lora_weights.safetensors", to="diffusers")
+    ours = adaptertools.read(tmp_path / "pytorch_lora_weights.safetensors")
+    assert {m.target.parameter for m in ours.modules} == before.keys()
+    theirs = fused_by_diffusers(path, model)
+    found = errors(before, theirs, ours)
+    assert max(found.values()) < 1e-5, max(found.items(), key=lambda item: item[1])
+    other = sdxl_unet()
+    other.load_lora_adapter(str(tmp_path), weight_name="pytorch_lora_weights.safetensors", prefix="unet")
+    other.fuse_lora()
+    again = errors(before, weights(other), ours)
+    assert max(again.values()) < 1e-5, max(again.items(), key=lambda item: item[1])
+    assert adaptertools.diff(adaptertools.read(path), ours).same

@@ -152,8 +152,8 @@ def test_factors_are_computed_in_float32_and_the_rounding_is_said(dtype: torch.d
     assert module.lora_A.dtype is torch.float32
     exact = dtype is not torch.float32  # the product of two numbers of 11 bits has 22
     assert (found - dense).abs().max() < (1e-14 if exact else 1e-5)
-    said = "without a loss" if exact else "2 of their factors were rounded to float32, by "
-    (note,) = (note for note in adapter.notes if note.startswith("the factors of 1 modules were computed: "))
+    said = "without a loss" if exact else "2 factors were rounded to float32, by "
+    (note,) = (note for note in adapter.notes if note.startswith("the factors of 1 module were computed: "))
     assert said in note
     assert exact or 1e-9 < float(note.removesuffix(" at most").rpartition(" ")[2]) < 2.0**-24
 

@@ -549,7 +549,7 @@ def test_the_plan_prints_what_it_does(tmp_path: Path) -> None:
         "changed   1 of 6 tensors",
         f"read      {size} bytes",
         f"written   {size} bytes in 2 files",
-        "copied    1 other files",
+        "copied    1 other file",
         f"adapters  {plan.adapter_bytes} bytes in memory",
     ]
 

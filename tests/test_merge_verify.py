@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,11 @@ import adaptertools
 from adaptertools.adapter import Adapter, LoraModule, Target
 from adaptertools.errors import SourceNotFoundError
 from adaptertools.merging.coefficients import Moments, fit
-from adaptertools.merging.comparison import Comparison
+from adaptertools.merging.comparison import Comparison, _same_bits
 from adaptertools.merging.edits import Edit, Renormalization, Update
 from adaptertools.merging.kernels import prepare
 from adaptertools.merging.reference import ExactRows, Reference
+from adaptertools.merging.scratch import scratch
 from adaptertools.merging.verify import Verification
 
 pytestmark = [
@@ -249,6 +251,14 @@ def test_modules_that_were_left_out_are_named(llama: Path, tmp_path: Path) -> No
     assert "elsewhere.entirely" in found.notes[0]
 
 
+def test_a_merge_of_an_adapter_that_still_trains_is_proven(llama: Path) -> None:
+    first, second = adapters_in(llama)
+    training = first.map_modules(
+        lambda each: replace(each, lora_A=each.lora_A.requires_grad_(), lora_B=each.lora_B.requires_grad_())
+    )
+    assert adaptertools.verify_merge(llama / "base", [training, second], llama / "merged", [1.0, 0.5], device="cpu").ok
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_the_gpu_finds_what_the_cpu_finds(llama: Path, tmp_path: Path) -> None:
@@ -433,7 +443,12 @@ def edit_of(kind: str, dtype: torch.dtype) -> tuple[Edit, Tensor, Tensor]:
     whole = Update(source=1, target="p", left=torch.randn(40, 2), right=torch.randn(2, 24), scale=-1.5)
     dense = weight.double().clone()
     changes: dict[str, Any] = {}
-    if kind == "updates":
+    if kind == "whole":
+        other = Update(source=0, target="o", left=torch.randn(40, 5), right=torch.randn(5, 24), scale=0.25)
+        changes["updates"] = (whole, other)
+        dense = dense - 1.5 * whole.left.double() @ whole.right.double()
+        dense = dense + 0.25 * other.left.double() @ other.right.double()
+    elif kind == "updates":
         changes["updates"] = (update, whole)
         dense = dense - 1.5 * whole.left.double() @ whole.right.double()
         dense[8:24, 6:18] += 0.5 * left.double() @ right.double()
@@ -456,7 +471,7 @@ def edit_of(kind: str, dtype: torch.dtype) -> tuple[Edit, Tensor, Tensor]:
     return edit, weight, dense
 
 
-KINDS = ["updates", "rows", "dora", "dora over rows"]
+KINDS = ["whole", "updates", "rows", "dora", "dora over rows"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -468,7 +483,7 @@ def test_the_reference_is_the_dense_sum_whatever_the_blocks(
     monkeypatch.setattr("adaptertools.merging.reference.BLOCK_ELEMENTS", 24 * block)
     reference = Reference(edit, weight, CPU)
     assert reference.block_rows == block
-    found = torch.cat([reference.rows(start, min(start + block, 40)).value for start in range(0, 40, block)])
+    found = torch.cat([reference.rows(start, min(start + block, 40)).value.clone() for start in range(0, 40, block)])
     assert (found - dense).abs().max() <= 1e-13
 
 
@@ -517,22 +532,126 @@ def test_memory_stays_within_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Reference, "rows", counted)
     monkeypatch.setattr("adaptertools.merging.reference.BLOCK_ELEMENTS", 100)
     edit, weight, _ = edit_of("updates", torch.float32)
-
-    class Files:
-        def tensor(self, name: str) -> Tensor:
-            return weight
-
-    class Plan:
-        edits = {"w": edit}  # noqa: RUF012
-        sources = ("a", "b")
-        base = Files()
-
-    comparison = Comparison(Plan(), Files(), CPU, ours=True)  # type: ignore[arg-type]
-    pieces = list(comparison._pieces("w"))
+    pieces = list(comparison_of(edit, weight, weight)._pieces("w"))
     for piece in pieces:
         piece.check(piece.start, piece.stop)
     assert len(pieces) == 10
     assert max(seen) <= 100
+
+
+def comparison_of(edit: Edit, weight: Tensor, found: Tensor, ours: bool = True) -> Comparison:
+    """Of a model with one tensor, `w`, that became `found`."""
+
+    class File:
+        def __init__(self, tensor: Tensor) -> None:
+            self.shapes, self.dtypes = {"w": tuple(tensor.shape)}, {"w": tensor.dtype}
+            self.tensor = {"w": tensor}.__getitem__
+
+    class Plan:
+        edits = {"w": edit}  # noqa: RUF012
+        sources = ("a", "b")
+        base = File(weight)
+
+    return Comparison(Plan(), File(found), CPU, ours)  # type: ignore[arg-type]
+
+
+# ------------------------------------------------------------------- the same verdict as float64 on the whole tensor
+
+
+def moved(tensor: Tensor, steps: Tensor) -> Tensor:
+    """Each element so many numbers of its dtype up or down."""
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize]
+    return (tensor.contiguous().view(bits) + steps.to(bits)).view(tensor.dtype)
+
+
+def judged(exact: ExactRows, dense: Tensor, found: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Which elements of our merge are wrong, the roundings that each is off, and its distance: one formula for all."""
+    doubt, eps = doubt_of(exact), exact.epsilon
+    off, rounded = (found.double() - dense).abs(), dense.to(found.dtype)
+    is_right = ((dense - doubt).to(found.dtype) <= found) & (found <= (dense + doubt).to(found.dtype))
+    slack = torch.where(found == rounded, eps * dense.abs(), doubt)
+    return ~is_right, ((off - slack) / half_step(dense, found.dtype)).clamp_min(0.0), off
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("spoiled", [0.0, 0.01, 1.0], ids=["right", "one in a hundred", "all"])
+def test_the_verdict_is_that_of_float64_on_the_whole_tensor(
+    spoiled: float, dtype: torch.dtype, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Elements some numbers of their dtype off, through blocks and buffers, against one dense formula."""
+    edit, weight, dense = edit_of(kind, dtype)
+    touched = torch.rand(40, 24) < spoiled
+    step = 1 if dtype.itemsize == 2 else 100  # arithmetic in float32 may be off by some numbers of float32
+    found = moved(dense.to(dtype), torch.where(touched, step * torch.randint(-3, 4, (40, 24)), 0))
+    exact = Reference(edit, weight, CPU).rows(0, 40)
+    wrong, roundings, off = judged(exact, exact.value.clone(), found)
+    deltas, before, value = exact.stack.flatten(1).clone(), exact.before.clone(), exact.value.clone()
+    places = list(exact.sources)
+    assert torch.allclose(value, dense, rtol=0, atol=1e-13)
+    assert bool(wrong.any()) is (spoiled > 0)
+
+    monkeypatch.setattr("adaptertools.merging.reference.BLOCK_ELEMENTS", 24 * 7)
+    (check,), moments = comparison_of(edit, weight, found).run(["w"], None)
+    assert check.wrong == int(wrong.sum())
+    assert check.elements == 40 * 24
+    assert check.roundings == pytest.approx(float(roundings.max()), rel=1e-6, abs=1e-6)
+    assert check.max_abs == pytest.approx(float(off.max()), rel=1e-6, abs=1e-13)
+    close = {"rtol": 1e-9, "atol": 1e-9}
+    assert torch.allclose(moments.gram[places][:, places], deltas @ deltas.T, **close)
+    assert torch.allclose(moments.found[places], deltas @ (found.double() - before).flatten(), **close)
+    assert torch.allclose(moments.expected[places], deltas @ (dense.to(dtype).double() - before).flatten(), **close)
+
+
+@pytest.mark.parametrize("ours", [True, False], ids=["ours", "another tool's"])
+@pytest.mark.parametrize("direction", [-1, 1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_the_last_number_allowed_passes_and_the_next_is_found_wherever_it_stands(
+    dtype: torch.dtype, direction: int, ours: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in the last, shorter block. Another tool may round each delta weight and the sum before the last one."""
+    edit, weight, dense = edit_of("whole", dtype)
+    exact = Reference(edit, weight, CPU).rows(0, 40)
+    room = doubt_of(exact)
+    if not ours:
+        first, second = exact.stack
+        room = room + sum(half_step(each, dtype) for each in (first, second, exact.before.abs() + first.abs()))
+    limit = (dense + direction * room).to(dtype)
+    beyond = moved(limit, (direction * limit.sign()).int())
+    monkeypatch.setattr("adaptertools.merging.reference.BLOCK_ELEMENTS", 24 * 7)
+    for place in (0, 23, 24 * 7 - 1, 24 * 7, 500, 40 * 24 - 1):
+        for wrong, value in enumerate((limit, beyond)):
+            found = dense.to(dtype)
+            found.view(-1)[place] = value.view(-1)[place]
+            (check,), _ = comparison_of(edit, weight, found, ours).run(["w"], None)
+            assert check.wrong == wrong, place
+
+
+def half_step(value: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.finfo(dtype).eps / 2 * torch.exp2(value.abs().log2().floor())
+
+
+@pytest.mark.parametrize("nbytes", [1, 2, 7, 8, 9, 24, 31])
+def test_one_bit_anywhere_in_untouched_bytes_is_found(nbytes: int) -> None:
+    """They are compared eight at a time, wherever they begin and end."""
+    room = torch.arange(40, dtype=torch.uint8)
+    for start in (0, 1, 3, 8):
+        expected = room[start : start + nbytes]
+        assert _same_bits("w", expected, expected.clone(), 1).wrong == 0
+        for place in range(nbytes):
+            found = expected.clone()
+            found[place] ^= 16
+            assert _same_bits("w", expected, found, 1).wrong == 1
+
+
+def test_no_thread_computes_in_the_memory_of_another() -> None:
+    like = torch.empty(4, 5)
+    with ThreadPoolExecutor(1) as pool:
+        there = pool.submit(scratch, "a test", like, torch.float64).result()
+        here, again = (scratch("a test", like, torch.float64) for _ in range(2))
+        assert here.data_ptr() == again.data_ptr() != there.data_ptr()
+        assert scratch("another", like, torch.float64).data_ptr() != here.data_ptr()
+        assert scratch("a test", like.expand(3, 4, 5), torch.float64).shape == (3, 4, 5)
 
 
 # -------------------------------------------------------------------------------------------------- the command line

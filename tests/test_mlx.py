@@ -379,7 +379,7 @@ def test_a_stack_is_read_the_other_way_round_than_a_matrix(tmp_path: Path) -> No
     (module,) = adapter.modules
     assert module.target == Target(parameter=name, opaque=True)
     assert torch.allclose(module.delta_weight(), torch.einsum("eor,eri->eoi", lora_b, lora_a) * 2.0)
-    assert any("keep the name that they have in mlx-lm" in note for note in adapter.notes)
+    assert any("the name of mlx-lm" in note for note in adapter.notes)
     with pytest.raises(UnsupportedFeatureError, match="--base"):
         adaptertools.write(adapter, tmp_path / "peft", format="peft")
     adaptertools.write(adapter, tmp_path / "again", format="mlx")

@@ -158,7 +158,8 @@ def test_two_later_sources_that_contradict_each_other_are_refused() -> None:
 def test_an_unknown_base_model_is_said_and_not_refused() -> None:
     done = adaptertools.stack([named(with_base(None), "bare"), with_base("org/a", 1)])
     assert done.adapter.bases[""].id == "org/a"
-    assert "base model not known, so not compared: source 1 (bare)" in done.notes
+    unchecked = "that all sources are for the same one was not checked"
+    assert f"no base model is named in source 1 (bare): {unchecked}" in done.notes
 
 
 def test_dora_is_refused_by_source_and_module() -> None:

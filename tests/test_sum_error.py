@@ -109,7 +109,7 @@ def test_terms_that_nearly_cancel_show_in_the_error_of_the_delta_weight(options:
     assert done.max_delta_error == pytest.approx(off(done, adapters, weights), rel=1e-3)
     assert done.max_delta_error > max(least, 100 * done.max_element_error)
     assert done.rows[0].delta_error == done.max_delta_error
-    assert any(note.startswith("the sources nearly cancel one another in 1 modules") for note in done.notes)
+    assert any(note.startswith("the sources nearly cancel one another in 1 module") for note in done.notes)
     details = done.adapter.history[-1].details
     assert details["max_delta_error"] == done.max_delta_error
     assert details["max_element_error"] == done.max_element_error

@@ -437,7 +437,7 @@ def test_alpha_follows_the_rank_so_that_the_scaling_stays(rule: ScaleRule, alpha
 
 def test_dora_is_said_to_be_measured_by_its_direction() -> None:
     done = truncate(Adapter(modules=MODULES["dora"]), rank=2)
-    assert "DoRA in 1 modules: the direction was truncated and the magnitude kept" in done.notes[0]
+    assert "DoRA in 1 module: the direction was truncated and the magnitude kept" in done.notes[0]
 
 
 def test_an_adapter_for_some_tokens_is_truncated_like_any() -> None:
@@ -523,7 +523,7 @@ def test_with_nan_what_may_stay_is_kept_bit_for_bit_and_the_rest_truncated() -> 
         done, alone = truncate(before, **rule, allow_nonfinite=True), truncate(healthy, **rule)
         assert done.adapter.modules[1] is bad
         assert [row.target for row in done.rows] == ["q", "v"]
-        assert "NaN or infinity in k: 1 modules are kept bit for bit" in done.notes[0]
+        assert "NaN or infinity in k: 1 module is kept bit for bit" in done.notes[0]
         if "size" not in rule:
             assert done.rows == alone.rows
             assert (done.energy, done.relative_error) == (alone.energy, alone.relative_error)

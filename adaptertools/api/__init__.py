@@ -1,12 +1,15 @@
 """One call each: read, write and convert adapters, for a path, an address on the Hub, or tensors in memory."""
 
-from adaptertools.api.checking import Check, Fixed, check, fix, fix_command, target_format, ways_out
+from adaptertools.api.checking import check, fix, fix_command, target_format, ways_out
+from adaptertools.api.comparing import diff
 from adaptertools.api.conversion import convert
 from adaptertools.api.models import estimate, merge_into, plan_merge, verify_merge
 from adaptertools.api.places import Given, as_destination, localize, localize_all
 from adaptertools.api.pushing import push
 from adaptertools.api.reading import detect, from_state_dict, oddities, option_types, read, read_options, reads_with
+from adaptertools.api.reading_back import delta_error_of
 from adaptertools.api.sending import check_there
+from adaptertools.api.verdict import Check, Fixed
 from adaptertools.api.writing import (
     WriteReport,
     give_up,
@@ -27,7 +30,9 @@ __all__ = [
     "check",
     "check_there",
     "convert",
+    "delta_error_of",
     "detect",
+    "diff",
     "estimate",
     "fix",
     "fix_command",

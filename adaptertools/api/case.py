@@ -1,26 +1,28 @@
 """One consumer in one version, and the base model that is at hand: what `check` and `fix` ask about adapters."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
-from torch import Tensor
 
 from adaptertools import consumers
 from adaptertools.adapter import Adapter, Feature, LoraModule, Target
-from adaptertools.api.places import Given, localize
+from adaptertools.api.base_weights import BaseWeights
+from adaptertools.api.places import Given
+from adaptertools.api.reading import open_base
+from adaptertools.api.writing import stored_size
 from adaptertools.consumers.judge import Finding, judge
 from adaptertools.consumers.layers import absent, stand_in
 from adaptertools.consumers.rule import Consumer
 from adaptertools.consumers.subject import Subject
 from adaptertools.containers.checkpoint import Checkpoint
-from adaptertools.containers.pipeline import Model, Pipeline, open_model
+from adaptertools.containers.pipeline import Model, Pipeline
 from adaptertools.containers.source import Source
 from adaptertools.dialects.peft import files as peft_files
-from adaptertools.errors import MatchError, OptionError, UnsupportedFeatureError
-from adaptertools.merging.match import Names
-from adaptertools.operations.plain import Plain, plain
+from adaptertools.errors import AdapterToolsError, MatchError, OptionError, UnsupportedFeatureError
+from adaptertools.operations.plain import Plain, hollow, joined, plain
 
 _CONFIG = "adapter_config.json"
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
@@ -38,6 +40,8 @@ class Case:
     base: Given | None
     token: str | None
     model: Model | None
+    headers: BaseWeights | None
+    """Of the same model: names, shapes and dtypes."""
 
     @classmethod
     def of(cls, name: str, version: str | None, max_rank: int | None, base: Given | None, token: str | None) -> Self:
@@ -46,10 +50,9 @@ class Case:
         consumer = consumers.get(name)
         read = consumer.read_version(version)
         cap = consumer.cap(read, max_rank)
-        model = None
-        if base is not None:
-            model = open_model(localize(base, "model", token=token, headers=True), config_suffices=True)
-        return cls(consumer=consumer, version=read, cap=cap, base=base, token=token, model=model)
+        model = None if base is None else open_base(base, token)
+        headers = None if model is None else BaseWeights(model)
+        return cls(consumer=consumer, version=read, cap=cap, base=base, token=token, model=model, headers=headers)
 
     def judge_files(self, source: Source, adapter: Adapter, adapter_name: str | None) -> tuple[Finding, ...]:
         """What every rule says of an adapter and of the files that it was read from."""
@@ -73,7 +76,9 @@ class Case:
             adapter=adapter,
             format=format,
             cap=self.cap,
-            unmatched=tuple(self._unmatched(adapter)) if self._knows_names else None,
+            unmatched=tuple(self._unmatched(adapter)) if self.knows_weights else None,
+            misshapen=tuple(self._misshapen(adapter)) if self.knows_weights else None,
+            has_base=self.model is not None,
             model_type=self._config.get("model_type"),
             tied=self._config.get("tie_word_embeddings") is True,
             num_layers=self._num_layers,
@@ -86,24 +91,40 @@ class Case:
 
         Raises: UnsupportedFeatureError, NonFiniteError; MatchError for DoRA on weights that the base does not have
         """
-        dora = self.base is not None and Feature.DORA in adapter.features
+        weights = None
+        if self.base is not None and Feature.DORA in adapter.features:
+            weights = BaseWeights.at(self.base, self.token).weight
         return plain(
             adapter,
             max_rank=self.cap,
             least_rank=self.consumer.least_rank,
             multiple=self.consumer.multiple,
             fill=[self._zeros(target, adapter) for target in self._absent(adapter)],
-            base_weight=self._with_values()._base_weight if dora else None,
+            base_weight=weights,
             allow_nonfinite=allow_nonfinite,
         )
 
-    def _with_values(self) -> Self:
-        """The case with the weights of the base model at hand, those of a model on the Hub downloaded."""
-        assert self.base is not None
-        return replace(self, model=open_model(localize(self.base, "model", token=self.token)))
+    def refusal(self, adapter: Adapter, format: str) -> str:
+        """Why the file that `fix` makes could not be written, so that its command is not named; empty if it could.
+
+        The writer is asked with modules of zeros in the place of the adapter's own.
+
+        Memory: a vector or two for each module
+        """
+        modules = [hollow(module) for module in adapter.modules]
+        if all(rule.name != "DoRA" for rule in self.consumer.rules):
+            pairs = zip(modules, adapter.modules, strict=True)
+            modules = [replace(m, magnitude=of.magnitude, magnitude_axis=of.magnitude_axis) for m, of in pairs]
+        try:
+            modules += [hollow(self._zeros(target, adapter)) for target in self._absent(adapter)]
+            asked = joined(replace(adapter, modules=tuple(modules), full_weights={}, row_weights={}))
+            stored_size(asked, format=format, base=self.base, token=self.token)
+        except AdapterToolsError as error:
+            return str(error)
+        return ""
 
     @property
-    def _knows_names(self) -> bool:
+    def knows_weights(self) -> bool:
         """Whether the base model is known by more than its configuration."""
         return isinstance(self.model, Pipeline) or (self.model is not None and bool(self.model.shapes))
 
@@ -134,48 +155,45 @@ class Case:
         )
 
     def _of_base(self, target: Target) -> LoraModule | None:
-        names = self._names(target.component)
-        found = names and names.find(target.parameter)
-        model = self._model(target.component)
-        if not found or model is None or len(model.shapes[found]) != 2:
+        _, shape = self._stored(target)
+        if shape is None or len(shape) != 2:
             return None
-        rows, columns = model.shapes[found]
+        rows, columns = shape
         return LoraModule(target=target, lora_A=torch.zeros(1, columns), lora_B=torch.zeros(rows, 1), alpha=1.0)
 
-    def _base_weight(self, module: LoraModule) -> Tensor:
-        """Raises: MatchError"""
-        names, model = self._names(module.target.component), self._model(module.target.component)
-        found = names and names.find(module.target.parameter)
-        if not found or model is None:
-            raise MatchError(f"{module.target}: the base model has no such weight, and DoRA renormalises it")
-        return model.tensor(found)
-
     def _unmatched(self, adapter: Adapter) -> Iterator[str]:
-        for module in adapter.modules:
-            target, model = module.target, self._model(module.target.component)
-            names = self._names(target.component)
-            if names is None or model is None or target.opaque:
+        """Modules whose name the base model does not have."""
+        for target in (module.target for module in adapter.modules if not module.target.opaque):
+            model = self.headers.component(target.component) if self.headers is not None else None
+            if self.headers is None or model is None:
                 continue
             try:
-                found = names.find(target.parameter)
+                found = self.headers.find(target)
             except MatchError:
                 yield f"{target} fits several"
                 continue
             if found is None and not _is_tied_head(target, model):
                 yield f"{target} is not there"
-            elif found is not None and model.dtypes[found].is_floating_point:
-                shape, wanted = tuple(model.shapes[found]), module.weight_shape
-                if shape != wanted and (module.transposed is not None or shape != wanted[::-1]):
-                    yield f"{target} has shape {shape} there, {wanted} here"
 
-    def _model(self, component: str) -> Checkpoint | None:
-        if isinstance(self.model, Pipeline):
-            return self.model.components.get(component)
-        return self.model
+    def _misshapen(self, adapter: Adapter) -> Iterator[str]:
+        """Modules whose name the base model has for a weight of another shape."""
+        for module in adapter.modules:
+            target, wanted = module.target, module.weight_shape
+            dtype, shape = (None, None) if target.opaque else self._stored(target)
+            if shape is None or dtype is None or not dtype.is_floating_point:
+                continue
+            if shape != wanted and (module.transposed is not None or shape != wanted[::-1]):
+                yield f"{target} has shape {shape} there, {wanted} here"
 
-    def _names(self, component: str) -> Names | None:
-        model = self._model(component)
-        return None if model is None else Names(model)
+    def _stored(self, target: Target) -> tuple[torch.dtype, tuple[int, ...]] | tuple[None, None]:
+        """The dtype and the shape of a target's weight; None where the base model has none, or several."""
+        model = self.headers.component(target.component) if self.headers is not None else None
+        if self.headers is None or model is None:
+            return None, None
+        with suppress(MatchError):
+            if found := self.headers.find(target):
+                return model.dtypes[found], tuple(model.shapes[found])
+        return None, None
 
     @property
     def _config(self) -> Mapping[str, Any]:

@@ -1,11 +1,10 @@
 """Whether an adapter loads and means the same in a program that serves it, and the file that does."""
 
-import math
 import os
 import shlex
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,90 +13,17 @@ from adaptertools.adapter import Adapter, HistoryEntry, merge_notes
 from adaptertools.api.case import Case
 from adaptertools.api.places import Given, localize
 from adaptertools.api.reading import read
-from adaptertools.api.writing import WriteReport, give_up, write
+from adaptertools.api.verdict import Check, Fixed
+from adaptertools.api.writing import give_up, write
 from adaptertools.consumers.judge import Finding
 from adaptertools.consumers.mending import MENDED, WAYS_OUT
-from adaptertools.consumers.rule import UNCHECKED, Consumer, version_number
+from adaptertools.consumers.rule import Consumer, version_number
 from adaptertools.containers.source import Located, Source
 from adaptertools.errors import OptionError, UnsupportedFeatureError
 from adaptertools.hub.address import Address
 from adaptertools.operations.diff import diff
 from adaptertools.operations.difference import Difference
 from adaptertools.operations.plain import Plain
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Check:
-    """What the rules of a consumer say of an adapter. `version` is the one whose source was read.
-
-    `unmended` are the rules that `fix` cannot mend, as far as the rules tell. `asked` are the options that were given,
-    as the command line spells them. `notes` are those of the version and of the reader.
-    """
-
-    label: str
-    format: str
-    consumer: str
-    title: str
-    version: str
-    max_rank: int | None
-    findings: tuple[Finding, ...]
-    notes: tuple[str, ...] = ()
-    unmended: tuple[str, ...] = ()
-    asked: tuple[str, ...] = ()
-
-    @property
-    def passes(self) -> bool:
-        """Whether it loads there and means the same, as far as it was checked."""
-        return not self.broken
-
-    @property
-    def unchecked(self) -> tuple[Finding, ...]:
-        """The findings that say nothing."""
-        return tuple(finding for finding in self.findings if finding.verdict is UNCHECKED)
-
-    @property
-    def broken(self) -> tuple[Finding, ...]:
-        """The findings that stand in the way."""
-        return tuple(finding for finding in self.findings if not finding.passes)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Fixed:
-    """The file that loads: how it was made, what it cost, and what the rules say of it.
-
-    `difference` is what sets it apart from the source; of DoRA that became LoRA it knows nothing, but
-    `plain.decomposed` does. `relative_error` counts both: ‖ΔW' − ΔW‖ / ‖ΔW‖, at most; what was dropped counts in
-    neither.
-    """
-
-    before: Check
-    after: Check
-    report: WriteReport
-    plain: Plain
-    difference: Difference
-
-    @property
-    def steps(self) -> tuple[str, ...]:
-        """What was done, one line each."""
-        return tuple(_steps(self.plain))
-
-    @property
-    def relative_error(self) -> float:
-        apart = self.plain.decomposed
-        if apart is None:
-            return self.difference.relative_distance
-        norm = math.hypot(self.difference.norm or 0.0, apart.error)  # what was cut off is orthogonal to what is left
-        return (self.difference.distance + apart.error) / norm if norm else 0.0
-
-    @property
-    def dropped(self) -> tuple[str, ...]:
-        """The features that were given up, which `relative_error` knows nothing of."""
-        return tuple(dict.fromkeys(item.partition(": ")[0] for item in self.report.dropped))
-
-    @property
-    def exact(self) -> bool:
-        """Whether the file means the very same: nothing was dropped, cut off or rounded."""
-        return self.relative_error == 0 and not self.dropped and self.report.exact
 
 
 def check(
@@ -143,8 +69,8 @@ def fix(
 
     One rank within the cap, by truncation to the nearest delta weight or by zeros; the scaling in the factors, so that
     alpha is the rank; no patterns; layers of zeros where the consumer wants every one. DoRA becomes the nearest LoRA
-    where `base` gives its weights. The result is read again and checked before it is put in its place. `drop` gives up
-    what cannot be mended; `write_with` are the options of `write`.
+    where `base` gives its weights. What passes as it is is written as it was read. The result is read again and checked
+    before it is put in its place. `drop` gives up what cannot be mended; `write_with` are the options of `write`.
 
     Memory: all factors three times; for DoRA a base weight and its delta weight
     Raises: UnsupportedFeatureError for what cannot be mended, with the way out; whatever `read` and `write` raise
@@ -155,28 +81,36 @@ def fix(
     adapter = read(_place(source, src), base=base, token=token, **options)
     before = _check(case, source, adapter, version, options.get("adapter_name"), max_rank)
     kept, dropped = give_up(adapter, drop)
-    made = case.plain(kept, allow_nonfinite=allow_nonfinite)
     target = target_format(before)
-    _expect_mended(case, made.adapter, target)
+    made = None if before.passes else case.plain(kept, allow_nonfinite=allow_nonfinite)
+    if made is not None:
+        _expect_mended(case, made.adapter, target)
     entry = HistoryEntry(
         operation="fix",
         source=adapter.origin.name if adapter.origin else None,
-        details={"for": case.consumer.name, "version": case.version, "rank": made.rank},
+        details={"for": case.consumer.name, "version": case.version, **({"rank": made.rank} if made else {})},
     )
-    how = {"base": base, **write_with, "format": target, "allow_nonfinite": allow_nonfinite}
-    after, difference = _tried(case, made, {**how, "operation": entry}, version)
-    report = write(made.adapter, dst, token=token, operation=entry, **how)
+    given = {key: value for key, value in write_with.items() if value is not None}
+    how = {"base": base, **(_as_it_stands(adapter, target) if made is None else {}), **given}
+    how |= {"format": target, "allow_nonfinite": allow_nonfinite, "operation": entry}
+    after, difference = _tried(case, made or kept, how, version)
+    report = write(made.adapter if made else kept, dst, token=token, **how)
+    widened = _is_quantised(adapter)
+    said = ["quantised factors are written as they were read, in float32"] if widened and made is None else []
     return Fixed(
         before=before,
         after=replace(after, label=str(report.path)),
-        report=replace(report, dropped=dropped, notes=merge_notes(before.notes, report.notes)),
+        report=replace(report, dropped=dropped, notes=merge_notes(before.notes, report.notes, said)),
         plain=made,
         difference=difference,
+        widened=widened,
     )
 
 
 def target_format(found: Check) -> str:
     """The format that `fix` writes: the consumer's own, or that of the source where either will do."""
+    if found.passes and formats.get(found.format).CONTAINERS:
+        return found.format
     return _target(found.format, consumers.get(found.consumer))
 
 
@@ -185,7 +119,7 @@ def fix_command(found: Check, *options: str) -> str | None:
 
     `options` are further ones that the source was read with.
     """
-    if found.passes or found.unmended:
+    if found.passes or found.unmended or found.refused:
         return None
     words = ["adaptertools", "check", found.label, "--for", found.consumer, *found.asked, *options, "--fix", "DST"]
     return shlex.join(words)
@@ -200,23 +134,23 @@ def _target(format: str, consumer: Consumer) -> str:
     return format if format in consumer.keeps else consumer.writes
 
 
-def _steps(done: Plain) -> Iterator[str]:
-    if done.decomposed is not None:
-        apart = done.decomposed
-        yield (
-            f"DoRA of {apart.modules} modules became LoRA of rank {apart.rank}, which keeps its delta weights up to a "
-            f"relative error of {apart.relative_error:.4g}"
-        )
-    if done.truncation is not None:
-        lowered = sum(row.rank_after < row.rank_before for row in done.truncation.rows)
-        yield f"{lowered} modules were truncated to rank {done.rank}"
-    if done.padded:
-        yield f"{done.padded} modules were filled up with zeros to rank {done.rank}"
-    yield f"alpha is the rank, {done.rank}, and the scaling stands in the factors"
-    if done.filled:
-        yield f"{len(done.filled)} modules of zeros were added: {done.filled[0]}{' …' * (len(done.filled) > 1)}"
-    if done.left_out:
-        yield f"left out, being untrained: {', '.join(done.left_out)}"
+def _is_quantised(adapter: Adapter) -> bool:
+    """Whether the tensors take more than the GGUF file that they were read from."""
+    origin = adapter.origin
+    if origin is None or origin.path is None or origin.container != "gguf":
+        return False
+    files = [origin.path] if origin.path.is_file() else origin.path.glob("*.gguf")
+    nbytes = sum(tensor.nbytes for module in adapter.modules for tensor in module.tensors.values())
+    return nbytes > sum(file.stat().st_size for file in files)
+
+
+def _as_it_stands(adapter: Adapter, format: str) -> dict[str, Any]:
+    """The arguments of `write` that write what was read as it was: its container and layout."""
+    origin = adapter.origin
+    if origin is None or origin.format != format:
+        return {}
+    kept = origin.container in formats.get(format).CONTAINERS
+    return {**origin.options, **({"container": origin.container} if kept else {})}
 
 
 def _source(src: Given, token: str | None) -> Source:
@@ -241,6 +175,10 @@ def _check(
 ) -> Check:
     assert adapter.origin is not None
     stands_as = adapter.origin.format
+    target = _target(stands_as, case.consumer)
+    findings = case.judge_files(source, adapter, adapter_name)
+    unmended = _unmended(case, adapter, target)
+    is_broken = any(not finding.passes for finding in findings)
     return Check(
         label=source.label,
         format=stands_as,
@@ -248,9 +186,10 @@ def _check(
         title=case.consumer.title,
         version=case.version,
         max_rank=case.cap,
-        findings=case.judge_files(source, adapter, adapter_name),
+        findings=findings,
         notes=merge_notes(_notes(case, asked), adapter.notes),
-        unmended=_unmended(case, adapter, _target(stands_as, case.consumer)),
+        unmended=unmended,
+        refused=case.refusal(adapter, target) if is_broken and not unmended else "",
         asked=_asked(case, asked, max_rank),
     )
 
@@ -285,7 +224,7 @@ def _word(value: object) -> str:
 def _unmended(case: Case, adapter: Adapter, format: str) -> tuple[str, ...]:
     """The rules that would still be broken by a plain adapter, of all that can be told without making it."""
     broken = [finding.rule for finding in case.judge(adapter, format) if not finding.passes]
-    mended = (*MENDED, "DoRA") if case.base is not None else MENDED
+    mended = (*MENDED, "DoRA") if case.knows_weights else MENDED
     return tuple(rule for rule in dict.fromkeys(broken) if rule not in mended)
 
 
@@ -302,18 +241,19 @@ def _few(finding: Finding) -> str:
     return finding.found[0] + (f" and {more} more" if more else "") if finding.found else finding.reason
 
 
-def _tried(case: Case, made: Plain, how: Mapping[str, Any], asked: str | None) -> tuple[Check, Difference]:
+def _tried(case: Case, made: Plain | Adapter, how: Mapping[str, Any], asked: str | None) -> tuple[Check, Difference]:
     """What the rules say of the result and how far it is from what was meant, from a copy that is thrown away.
 
     Raises: UnsupportedFeatureError if it breaks a rule
     """
     target = how["format"]
+    adapter, meant = (made, made) if isinstance(made, Adapter) else (made.adapter, made.meant)
     with tempfile.TemporaryDirectory(prefix="adaptertools-") as folder:
         place = Path(folder) / ("fixed" if formats.get(target).FOLDER else f"fixed{_suffix(how)}")
-        write(made.adapter, place, **{**how, "overwrite": False})
+        write(adapter, place, **{**how, "overwrite": False})
         result = read(place, format=target, base=case.base)
         after = _check(case, Source(place), result, asked, None)
-        difference = diff(made.meant, result, norms=made.decomposed is not None)
+        difference = diff(meant, result, norms=isinstance(made, Plain) and made.decomposed is not None)
     if not after.passes:
         said = "; ".join(f"{finding.rule}: {finding.reason}" for finding in after.broken)
         raise UnsupportedFeatureError(f"what was made still breaks rules of {case.consumer.title}: {said}")

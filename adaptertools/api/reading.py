@@ -38,7 +38,7 @@ def read(
     """
     source = Source(localize(path, revision=revision, token=token))
     name = format or formats.detect(source)
-    model = None if base is None else open_base(base, name, token)
+    model = None if base is None else open_base(base, token)
     given = {"alpha": alpha, "slots": slots, "base": model}
     return _read(source, name, {key: value for key, value in given.items() if value is not None}, options)
 
@@ -81,13 +81,12 @@ def oddities(path: Given, *, format: str, **options: Any) -> tuple[str, ...]:
     return found
 
 
-def open_base(base: Given, format: str, token: str | None = None) -> Model:
-    """A base model by its headers; by its config.json alone where the format asks for no more.
+def open_base(base: Given, token: str | None = None) -> Model:
+    """A base model by its headers, or by its config.json alone.
 
     Raises: SourceNotFoundError, UnknownFormatError, HubError and the like
     """
-    suffices = getattr(formats.get(format), "BASE_CONFIG_SUFFICES", False) or not reads_with(format, "base")
-    return open_model(localize(base, "model", token=token, headers=True), config_suffices=suffices)
+    return open_model(localize(base, "model", token=token, headers=True), config_suffices=True)
 
 
 def read_options(format: str) -> dict[str, inspect.Parameter]:

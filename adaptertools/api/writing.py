@@ -17,6 +17,7 @@ from adaptertools.api.places import Given, as_destination
 from adaptertools.api.reading import open_base, option_types
 from adaptertools.api.sending import container_there, place_there, send
 from adaptertools.containers.artifact import Artifact
+from adaptertools.containers.history import HEADER_KEY, IN_HEADER, with_settings
 from adaptertools.destination import (
     Progress,
     check_beside,
@@ -31,8 +32,8 @@ from adaptertools.errors import OptionError
 from adaptertools.hub.address import Address
 from adaptertools.tensors import materialize, parse_dtype
 
-_HEADERS = ("header", "about", "other")
-"""Where the metadata of an adapter holds the entries of a file's header."""
+_HEADERS = ("header", "about", "other", "fields")
+"""Where the metadata of an adapter holds the entries of a file's header, and the fields that stand in one of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -258,8 +259,31 @@ def _encode(
     formats.check_features(adapter, name)
     given = dict(options)
     if base is not None and "base" in option_types(module.write, ()):
-        given["base"] = open_base(base, name, token)
-    return module.write(adapter, encoder, container=container or module.CONTAINERS[0], **given)
+        given["base"] = open_base(base, token)
+    container = container or module.CONTAINERS[0]
+    artifact: Artifact = module.write(adapter, encoder, container=container, **given)
+    return _with_settings(artifact, name, container, adapter.metadata)
+
+
+def _with_settings(artifact: Artifact, name: str, container: str, metadata: Mapping[str, Any]) -> Artifact:
+    """The artifact with what other formats say of the adapter, beside its history: they can then write it again.
+
+    What its own format says is its writer's business.
+    """
+    others = {home: _without_nothing(said) for home, said in metadata.items() if home != name}
+    settings = {home: said for home, said in others.items() if said}
+    if not settings or getattr(formats.get(name), "KEEPS_SETTINGS", False):
+        return artifact
+    if container in IN_HEADER:
+        record = with_settings(json.loads(artifact.metadata.get(HEADER_KEY, "{}")), settings)
+        return replace(artifact, metadata={**artifact.metadata, HEADER_KEY: json.dumps(record, sort_keys=True)})
+    sidecar = with_settings(artifact.documents.get(artifact.sidecar, {}), settings)
+    return replace(artifact, documents={**artifact.documents, artifact.sidecar: sidecar})
+
+
+def _without_nothing(said: Any) -> Any:
+    """What a format says, without what is empty."""
+    return {key: value for key, value in said.items() if value not in (None, {}, [])} if isinstance(said, dict) else {}
 
 
 def _not_carried(adapter: Adapter, artifact: Artifact) -> list[str]:

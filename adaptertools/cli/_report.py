@@ -5,6 +5,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from adaptertools.errors import count as count
+
 if TYPE_CHECKING:
     from adaptertools.adapter import Adapter
     from adaptertools.api import WriteReport
@@ -21,11 +23,6 @@ def few(items: Sequence[str], most: int = 4) -> str:
     """The first items, and how many more there are."""
     shown = ", ".join(items[:most])
     return shown if len(items) <= most else f"{shown} and {len(items) - most} more"
-
-
-def count(number: int, noun: str) -> str:
-    """`1 module`, `24 modules`."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def size(nbytes: int) -> str:

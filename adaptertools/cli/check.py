@@ -42,8 +42,8 @@ def command(
     address on the Hub, as org/name.
 
     --fix writes the file that does: one rank within the cap, by truncation to the nearest delta weight or by zeros, the
-    scaling in the factors, no patterns, in the program's own format; what that cost is measured. Exits with 0 if it
-    loads and means the same, with 4 if not.
+    scaling in the factors, no patterns, in the program's own format; what that cost is measured. What loads as it is is
+    written unchanged. Exits with 0 if it loads and means the same, with 4 if not.
     """
     from adaptertools import api
 
@@ -94,20 +94,22 @@ def _advice(found: "Check", given: Sequence[str]) -> list[str]:
     command = api.fix_command(found, *given)
     if command is not None:
         return ["", f"The file that does: {command}"]
+    if found.refused:
+        return ["", f"--fix cannot write {api.target_format(found)} as it is: {found.refused}"]
     return ["", *(f"--fix cannot mend {rule}: {way}" for rule, way in api.ways_out(found).items())]
 
 
 def _fixed_text(fixed: "Fixed") -> str:
     from adaptertools.cli._report import field, writing_lines
 
-    mended = ", ".join(dict.fromkeys(finding.rule for finding in fixed.before.broken)) or "nothing was broken"
-    lines = [
-        f"Fixed {fixed.before.label} ({fixed.before.format}) to {fixed.report.path} ({fixed.report.format}) for "
-        f"{fixed.after.title} {fixed.after.version}",
-        field("mended", mended),
-        *(field("done", step) for step in fixed.steps),
-        field("error", _error(fixed)),
-    ]
+    src, dst = f"{fixed.before.label} ({fixed.before.format})", f"{fixed.report.path} ({fixed.report.format})"
+    where = f"{fixed.after.title} {fixed.after.version}"
+    if fixed.before.passes:
+        lines = [f"{src} passes as it is, {where}; written {'unchanged ' * fixed.unchanged}to {dst}"]
+    else:
+        mended = ", ".join(dict.fromkeys(finding.rule for finding in fixed.before.broken))
+        lines = [f"Fixed {src} to {dst} for {where}", field("mended", mended)]
+    lines += [*(field("done", step) for step in fixed.steps), field("error", _error(fixed))]
     return "\n".join([*lines, *writing_lines(fixed.report)])
 
 
@@ -143,6 +145,7 @@ def _document(found: "Check", given: Sequence[str] = ()) -> dict[str, Any]:
         "notes": list(found.notes),
         "fix": api.fix_command(found, *given),
         "ways_out": api.ways_out(found),
+        "refused": found.refused or None,
     }
 
 
@@ -151,6 +154,7 @@ def _fixed_document(fixed: "Fixed") -> dict[str, Any]:
 
     return {
         "source": {"path": fixed.before.label, "format": fixed.before.format},
+        "unchanged": fixed.unchanged,
         "mended": [finding.rule for finding in fixed.before.broken],
         "done": list(fixed.steps),
         "relative_error": fixed.relative_error,

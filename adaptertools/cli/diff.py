@@ -1,5 +1,6 @@
 """`adaptertools diff`: how far two adapters are from each other, whatever their formats and factors."""
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -31,16 +32,19 @@ def command(
     Both may be addresses on the Hub, as org/name.
 
     Formats, ranks, alphas, dtypes and the order of the factors may differ. Whole weights, DoRA magnitudes and whatever
-    else changes the model is compared too. Exits with 0 if all is the same within the tolerance, with 4 if not.
+    else changes the model is compared too. What DoRA adds depends on the base weights: --base compares it, where it has
+    them, instead of direction and magnitude. Exits with 0 if all is the same within the tolerance, with 4 if not.
     """
+    from adaptertools import api
     from adaptertools.cli._progress import progress
-    from adaptertools.operations.diff import diff
 
     places = sources.locate([a, b], output)
     one, other = sources.read_all(places)
     a, b = (place.label for place in places)
     with progress("diff", output, unit="parameters") as advance:
-        found = diff(one, other, tolerance=tolerance, norms=modules, on_progress=advance)
+        found = api.diff(
+            one, other, tolerance=tolerance, norms=modules, base=sources.base, token=sources.token, on_progress=advance
+        )
     output.show(lambda: _text(a, b, found, modules), lambda: _document(a, b, found, modules))
     if not found.same:
         ctx.exit(_DIFFER)
@@ -65,6 +69,7 @@ def _text(a: str, b: str, found: "Difference", modules: bool) -> str:
             lines.append(field(f"only in {side}", f"{count(len(alone), 'module')}{_zeros(zero)}: {names}"))
     if found.modules and all(row.only_in for row in found.modules) and len({row.only_in for row in found.modules}) == 2:
         lines.append(field("note", "no name stands in both: flat ones (kohya, GGUF) become module paths with --base"))
+    lines += [field("DoRA", line) for line in _dora_lines(found)]
     lines += [field(weight.kind, _weight_line(weight)) for weight in found.weights]
     lines += [field("differs", what) for what in found.others]
     lines += [field("note", f"{what}; that does not count") for what in found.notes]
@@ -80,6 +85,18 @@ def _distance_line(found: "Difference") -> str:
         return f"infinite: the delta weights of A are zero, those of B have the norm {_number(found.other_norm)}"
     norm, other_norm = _number(found.norm), _number(found.other_norm)
     return f"{relative(found.relative_distance)} of the norm of A, {norm}; that of B is {other_norm}"
+
+
+def _dora_lines(found: "Difference") -> Iterator[str]:
+    from adaptertools.cli._report import count, few
+
+    if found.dora_on_base:
+        yield f"{count(len(found.dora_on_base), 'module')} compared by what they add to the base model"
+    if found.dora_in_parts:
+        names = few(list(found.dora_in_parts))
+        how = "by direction and magnitude alone, without the base weight: --base BASE, weights and all, compares what"
+        them = "it adds" if len(found.dora_in_parts) == 1 else "they add"
+        yield f"{count(len(found.dora_in_parts), 'module')} compared {how} {them}: {names}"
 
 
 def _zeros(number: int) -> str:
@@ -153,6 +170,7 @@ def _document(a: str, b: str, found: "Difference", modules: bool) -> dict[str, A
             }
             for weight in found.weights
         ],
+        "dora": {"on_base": list(found.dora_on_base), "in_parts": list(found.dora_in_parts)},
         "others": list(found.others),
         "notes": list(found.notes),
     }

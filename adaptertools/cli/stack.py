@@ -92,6 +92,7 @@ def command(
     adapters, dropped = [adapter for adapter, _ in read], merge_notes(*(names for _, names in read))
     how = writing.arguments_like(adapters[0]) if to is None else {**writing.arguments(to), "format": to}
     how["drop"] = [kind for kind in writing.drop if not any(name.startswith(f"{kind}: ") for name in dropped)]
+    how["base"] = sources.base
     if isinstance(place := api.as_destination(dst), Path):
         check_destination(place, formats.get(how["format"]), how["overwrite"])
     elif not how["overwrite"]:
@@ -115,7 +116,8 @@ def command(
         carried: dict[str, Any] = {"allow_nonfinite": sources.allow_nonfinite, "token": sources.token}
         report = api.write(stacked.adapter, dst, on_progress=advance, **carried, **how)
         report = replace(report, dropped=dropped)
-    output.show(lambda: _text(srcs, stacked, report), lambda: _document(srcs, stacked, report))
+    off = api.delta_error_of(report, stacked.adapter, base=sources.base, token=sources.token)
+    output.show(lambda: _text(srcs, stacked, report, off), lambda: _document(srcs, stacked, report, off))
 
 
 def _places(paths: Sequence[str]) -> Sequence[str]:
@@ -127,54 +129,86 @@ def _places(paths: Sequence[str]) -> Sequence[str]:
     return paths
 
 
-def _text(srcs: Sequence[str], stacked: "Stacked", report: "WriteReport") -> str:
-    from adaptertools.cli._report import change, error, field, number, promoted_lines, relative, span, writing_lines
+def _text(srcs: Sequence[str], stacked: "Stacked", report: "WriteReport", off: float | None) -> str:
+    """`off` is how far writing led the delta weight away from the stack, None where nothing tells."""
+    from adaptertools.cli._report import change, count, field, number, promoted_lines, writing_lines
 
-    said, cut = stacked.settings, stacked.truncation
+    said = stacked.settings
     whole = replace(report, left_out=(*report.left_out, *stacked.left_out))
     choices = [f"{name} {said[name]:g}" for name in ("density", "seed") if name in said]
-    lines = [
-        f"Stacked {len(srcs)} adapters into {report.path} ({report.format}): {', '.join([said['method'], *choices])}"
-    ]
+    adapters = count(len(srcs), "adapter")
+    lines = [f"Stacked {adapters} into {report.path} ({report.format}): {', '.join([said['method'], *choices])}"]
     lines += [
         field("source", f"{number(source['weight'])} × {src}")
         for src, source in zip(srcs, said["sources"], strict=True)
     ]
-    ranks = [row.rank for row in stacked.rows]
-    lines.append(change("rank", (rank for row in stacked.rows for rank in row.ranks if rank), ranks))
-    lines.append(field("delta weight", _exactness(stacked)))
+    lines.append(
+        change("rank", (rank for row in stacked.rows for rank in row.ranks if rank), (row.rank for row in stacked.rows))
+    )
+    lines += [*_delta_lines(stacked, off), *promoted_lines(stacked.promoted), *writing_lines(whole, "as computed")]
+    return "\n".join(lines)
+
+
+def _delta_lines(stacked: "Stacked", off: float | None) -> list[str]:
+    """How far the delta weight in the file is from the one that was meant, and what of that stacking and writing did.
+
+    One figure where writing lost nothing. That of a truncation is of another norm, and is not added to any.
+    """
+    from adaptertools.cli._report import error, field, number, relative, span
+
+    cut, kept = stacked.truncation, off == 0.0
+    lines = [field("delta weight" if kept else "stacking", _exactness(stacked))]
     if cut is not None:
-        after = span(module.nominal_rank for module in stacked.adapter.modules)
+        before, after = (row.rank for row in stacked.rows), (module.nominal_rank for module in stacked.adapter.modules)
+        became = f"rank {span(before)} -> {span(after)}"
         lines += [
-            field("truncated", f"rank {span(ranks)} -> {after} by {cut.choice}, energy kept {number(cut.energy)}"),
+            field("truncated", f"{became} by {cut.choice}, energy kept {number(cut.energy)}"),
             field("error", f"{relative(cut.relative_error)} of the norm of the delta weight, exact"),
             field("rounding", f"{error(cut.rounding_error)}, beside that error"),
         ]
-    return "\n".join([*lines, *promoted_lines(stacked.promoted), *writing_lines(whole, "as computed")])
+    if kept:
+        return lines
+    whole = _error_of_file(stacked, off)
+    first = [] if whole is None else [field("delta weight", f"{_off_by(whole, stacked.estimated)}, in the file")]
+    last = "inexact, by how much was not measured" if off is None else f"{_off_by(off)}, read back from the file"
+    return [*first, *lines, field("writing", last)]
+
+
+def _error_of_file(stacked: "Stacked", off: float | None) -> float | None:
+    """How far the file is at most from the delta weight that was meant; None where no one figure says it."""
+    meant = stacked.max_delta_error
+    return None if off is None or stacked.truncation is not None else meant + off * (1 + meant)
+
+
+def _off_by(error: float, estimated: bool = False) -> str:
+    from adaptertools.cli._report import relative
+
+    return f"off by {'about ' if estimated else ''}{relative(error)} of a module's norm at most"
 
 
 def _exactness(stacked: "Stacked") -> str:
-    from adaptertools.cli._report import error, relative
+    from adaptertools.cli._report import error
 
     if stacked.exact:
         return "exact, checked bit by bit"
     said, elements = "exact", error(stacked.max_element_error)
     if stacked.max_delta_error:
-        about = "about " if stacked.estimated else ""
-        said = f"off by {about}{relative(stacked.max_delta_error)} of a module's norm at most"
+        said = _off_by(stacked.max_delta_error, stacked.estimated)
     return f"{said}; elements rounded to within {elements}" if stacked.max_element_error else said
 
 
-def _document(srcs: Sequence[str], stacked: "Stacked", report: "WriteReport") -> dict[str, Any]:
+def _document(srcs: Sequence[str], stacked: "Stacked", report: "WriteReport", off: float | None) -> dict[str, Any]:
     from adaptertools.cli._report import writing_document
 
     done, cut = stacked.to_json(), stacked.truncation
     given = zip(srcs, stacked.settings["sources"], strict=True)
     lost = cut is not None and not cut.exact
     written = writing_document(report)
-    del written["max_relative_error"]  # of single tensors in writing, as `losses` has it: not of the sum
+    elements = written.pop("max_relative_error")  # of single tensors, it would be taken for that of the sum
     return {
         "stack": {**done, "sources": [{"path": src, "weight": source["weight"]} for src, source in given]},
         **written,
+        "writing": {"exact": report.exact, "max_delta_error": off, "max_element_error": elements},
+        "max_delta_error": _error_of_file(stacked, off),
         "exact": stacked.exact and report.exact and not lost,
     }

@@ -82,7 +82,7 @@ def command(
 
 
 def _text(found: "Verification") -> str:
-    from adaptertools.cli._report import field
+    from adaptertools.cli._report import count, field
 
     computed = [each for each in found.tensors if each.computed]
     lines = [f"{found.merged} is {'a right merge' if found.ok else 'not a right merge'}"]
@@ -95,7 +95,7 @@ def _text(found: "Verification") -> str:
         lines.append(field("wrong", f"and {len(found.problems) - _SHOWN:,} more"))
     lines += [field("wrong", _wrong_line(each)) for each in found.wrong[:_SHOWN]]
     if len(found.wrong) > _SHOWN:
-        lines.append(field("wrong", f"and {len(found.wrong) - _SHOWN:,} more tensors"))
+        lines.append(field("wrong", f"and {count(len(found.wrong) - _SHOWN, 'more tensor')}"))
     if not found.wrong:
         lines += [field("farthest off", _worst_line(each)) for each in found.worst[:_SHOWN]]
     lines += [field("adapter", _adapter_line(each, found)) for each in found.coefficients]

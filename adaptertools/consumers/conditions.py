@@ -157,8 +157,13 @@ def missing_layers(layers: Layers) -> Condition:
 
 
 def unmatched(subject: Subject) -> Sequence[str] | None:
-    """Modules that change nothing in the base model."""
+    """Modules whose name the base model does not have."""
     return subject.unmatched
+
+
+def misshapen(subject: Subject) -> Sequence[str] | None:
+    """Modules that the base model has in another size."""
+    return subject.misshapen
 
 
 def untold(subject: Subject) -> None:
@@ -280,11 +285,6 @@ def field_missing_in(section: str, *names: str) -> Condition:
         return [f"no {section}.{name} in {_CONFIG}" for name in names if subject.files and name not in held]
 
     return condition
-
-
-def keys_ending(*suffixes: str) -> Condition:
-    """Tensors whose names end like this."""
-    return lambda subject: sorted(key for key in subject.keys if key.endswith(suffixes))
 
 
 def mlx_left_out(subject: Subject) -> list[str]:

@@ -48,7 +48,8 @@ def _format(subject: Subject, consumer: Consumer) -> Finding:
 def _finding(rule: Rule, subject: Subject) -> Finding:
     found = rule.broken(subject)
     if found is None:
-        why = rule.because if rule.verdict is UNCHECKED else "needs --base"
+        base = "needs --base with config.json and weights" if subject.has_base else "needs --base"
+        why = rule.because if rule.verdict is UNCHECKED else base
         return Finding(rule=rule.name, verdict=UNCHECKED, reason=why, source=rule.source)
     if not found:
         return Finding(rule=rule.name, verdict=OK, reason="", source=rule.source)

@@ -2,7 +2,9 @@
 
 _MERGE = "merge it into the base model (adaptertools merge)"
 WAYS_OUT = {
-    "DoRA": f"--base BASE makes it the nearest LoRA; or {_MERGE}",
+    "DoRA": f"--base BASE, weights and all, makes it the nearest LoRA; or {_MERGE}",
+    "DoRA of kohya": "diffusers reads it in its own format: adaptertools convert --to diffusers, --base for names; "
+    "or --drop dora",
     "heads": f"{_MERGE}, or --drop full-weights",
     "bias": f"{_MERGE}, or --drop bias",
     "lora_bias": f"{_MERGE}, or --drop lora-bias",
@@ -11,7 +13,9 @@ WAYS_OUT = {
     "change already, --drop changed-base",
     "layer replication": f"{_MERGE}",
     "aLoRA": "--drop alora lets it act on every token",
-    "names in the base": "adaptertools convert --rename or --exclude",
+    "names in the base": "is it the right base model? If so, adaptertools convert --rename or --exclude",
+    "sizes in the base": "the names fit and the sizes do not: it was trained on another size of this model. Check it "
+    "with that as --base, and load it there",
     "module names": "read it with --base, so that its names become module paths",
     "names of GPT-2": "--base a checkpoint that mlx-lm saved",
 }

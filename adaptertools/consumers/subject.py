@@ -13,8 +13,9 @@ class Subject:
 
     `files` and `keys` are the names of its files and of its tensors, `config` is the JSON document beside them; all are
     empty for an adapter that stands in no file yet, which keeps the rules about them. `unmatched` are the modules that
-    change nothing in the base model, None where no base model is known. `model_type` and `num_layers` are those of its
-    configuration, and `tied` that its output head is its input embedding.
+    change nothing in the base model, `misshapen` those that it has in another size; None where no names of a base model
+    are known, even if `has_base` says that there is one. `model_type` and `num_layers` are those of its configuration,
+    and `tied` that its output head is its input embedding.
     """
 
     adapter: Adapter
@@ -24,6 +25,8 @@ class Subject:
     keys: frozenset[str] = frozenset()
     config: Mapping[str, Any] = field(default_factory=dict)
     unmatched: tuple[str, ...] | None = None
+    misshapen: tuple[str, ...] | None = None
+    has_base: bool = False
     model_type: str | None = None
     num_layers: int | None = None
     tied: bool = False

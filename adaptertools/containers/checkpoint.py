@@ -180,8 +180,11 @@ def _find_weights(folder: Path) -> Path:
         if (folder / name).is_file():
             return folder / name
     others = sorted(folder.glob("*.safetensors"))
+    if not others and (of_llama_cpp := sorted(folder.glob("*.gguf"))):
+        raise _gguf_refused(of_llama_cpp[0])
     if not others:
-        raise UnknownFormatError(f"{folder}: no weights of a base model; expected one of {', '.join(WEIGHTS)}")
+        alone = f" beside its {CONFIG}, and what is asked needs them" if (folder / CONFIG).is_file() else ""
+        raise UnknownFormatError(f"{folder}: no weights of a base model{alone}; expected one of {', '.join(WEIGHTS)}")
     if len(others) > 1:
         names = ", ".join(other.name for other in others[:5])
         raise AmbiguousFormatError(f"{folder}: several weight files and no index ({names}); name one of them")
@@ -225,8 +228,17 @@ def _shared(file: TensorFile) -> set[str]:
     return found
 
 
+def _gguf_refused(path: Path) -> UnknownFormatError:
+    return UnknownFormatError(
+        f"{path}: a GGUF file cannot be the base model here: its names, and the order of the rows of q and k, are "
+        f"llama.cpp's. Give the Hugging Face folder that it was made from; for GGUF adapters its {CONFIG} is enough"
+    )
+
+
 def _read_weights(path: Path) -> TensorFile:
     container = containers.identify(path)
+    if container is not None and container.NAME == "gguf":
+        raise _gguf_refused(path)
     if container is None or container.NAME not in ("safetensors", "torch"):
         raise UnknownFormatError(f"{path}: expected the weights of a base model, as safetensors or a torch file")
     return container.read(path)

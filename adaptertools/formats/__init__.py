@@ -12,11 +12,12 @@ A format module says what it is in these names:
     read(source, *, options) -> Adapter
     write(adapter, encoder, *, container, options) -> Artifact
     oddities(source, *, options) -> tuple[str, ...]    only where values beside the adapter's own are worth a look
-    BASE_CONFIG_SUFFICES = True    only where a base may be its config.json alone, without weights
+    KEEPS_SETTINGS = True    only where its own record holds what other formats say of the adapter
     OPAQUE_IS_OWN = True    only where opaque names may stand for rows in an order of its own; no other format gets them
 
 The keyword-only parameters of `read` and `write` are the format's options on the command line. `alpha` and `slots`,
-where `read` has them, and `base`, where `read` or `write` has it, are `--source-alpha`, `--slots` and `--base`.
+where `read` has them, and `base`, where `read` or `write` has it, are `--source-alpha`, `--slots` and `--base`. A base
+may be its config.json alone, without one shape: who cannot do without names and shapes says so.
 """
 
 import importlib

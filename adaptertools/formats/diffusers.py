@@ -25,7 +25,8 @@ instead, exactly where an alpha does; versions before 0.34 do not look there. `p
 the model get, text encoders apart: prefix=unet for an adapter that has none, prefix=diffusion_model for AI-toolkit.
 `conv="svd"` factors loralib's convolutions anew. Layers of Flux in the names that kohya uses are written in those of
 diffusers, their fused projections split; with prefix=diffusion_model the other way round: diffusers/flux.py. Double
-blocks alone could be SD3's too; `model="flux"` then says whose they are.
+blocks alone could be SD3's too; `model="flux"` then says whose they are. kohya's names of SDXL's U-Net become those of
+diffusers as well: diffusers/sgm.py.
 
 Read in huggingface/diffusers 58eb52c (0.42): `loaders/`, `utils/state_dict_utils.py`; ostris/ai-toolkit 27a03a9.
 """
@@ -38,18 +39,19 @@ from typing import Any, Literal
 from adaptertools.adapter import Adapter, Base, Feature, LoraModule, Origin, merge_notes
 from adaptertools.containers import sidecar
 from adaptertools.containers.artifact import Artifact
-from adaptertools.containers.history import HEADER_KEY, read_history
+from adaptertools.containers.history import HEADER_KEY, read_history, read_settings
 from adaptertools.containers.pipeline import Model, Pipeline
 from adaptertools.containers.source import Source
 from adaptertools.containers.tensorfile import TensorFile
-from adaptertools.dialects.diffusers import files, flux, metadata
+from adaptertools.dialects.diffusers import files, flux, metadata, sgm
 from adaptertools.dialects.diffusers.keys import COMPONENT, DIFFUSION_MODEL, Contents, sort_keys
 from adaptertools.dialects.diffusers.write import Scale, component_tensors, few
 from adaptertools.dialects.peft.base import BaseModel, Checkpoint
 from adaptertools.dialects.peft.config import PeftConfig
 from adaptertools.dialects.peft.modules import Reading, read_module, settle_dora
 from adaptertools.encoding import Encoder
-from adaptertools.errors import OptionError, UnknownFormatError, UnsupportedFeatureError
+from adaptertools.errors import OptionError, UnknownFormatError, UnsupportedFeatureError, count
+from adaptertools.names import join, parent
 from adaptertools.tensors import Deferred, natural_order
 
 SUMMARY = "Hugging Face diffusers: pytorch_lora_weights.safetensors, also of AI-toolkit"
@@ -85,11 +87,12 @@ def read(
     prefixed = said.get("prefixed") is not False
     contents = sort_keys(file.tensors, file.label, prefixed=prefixed, component=_checked(component))
     if not any(found.groups for found in contents.values()):
-        raise UnknownFormatError(f"{file.label}: none of its {len(file.tensors)} tensors is a factor of LoRA")
+        raise UnknownFormatError(f"{file.label}: none of its {count(len(file.tensors), 'tensor')} is a factor of LoRA")
     stated = metadata.stated(file)
     modules: list[LoraModule] = []
     bases: dict[str, Base] = _bases(said)
     notes: list[str] = []
+    further: dict[str, Any] = {}
     for home, found in contents.items():
         fields_prefixed = prefixed and home != "" and component is None
         config = metadata.component_config(stated, home, found, file.label, prefixed=fields_prefixed)
@@ -97,13 +100,17 @@ def read(
         read_here = _modules(found, Reading(config=config, base=model, dora=_dora(found, config, dora)), home)
         modules += read_here
         notes += [*config.notes, *model.notes(read_here)]
+        further |= {join(home, key): value for key, value in metadata.further_fields(config).items()}
         if config.base != Base():
             bases[home] = config.base
     return Adapter(
         modules=tuple(sorted(modules, key=lambda module: natural_order(str(module.target)))),
         bases=bases,
         history=read_history(file.metadata),
-        metadata={"diffusers": {"header": _kept_entries(file)}},
+        metadata={
+            **read_settings(file.metadata),
+            "diffusers": {"header": _kept_entries(file), **({"fields": further} if further else {})},
+        },
         notes=merge_notes(file_notes, notes),
         origin=Origin(
             format="diffusers",
@@ -191,10 +198,12 @@ def write(
     for home, members in components.items():
         written = component_tensors(home, members, encoder, scale, conv)
         tensors |= written.tensors
-        fields |= {f"{home}.{key}" if home else key: value for key, value in written.fields.items()}
+        fields |= {join(home, key): value for key, value in written.fields.items()}
         notes += written.notes
-    header = dict(adapter.metadata.get("diffusers", {}).get("header", {}))
+    carried = adapter.metadata.get("diffusers", {})
+    header = dict(carried.get("header", {}))
     if scale == "metadata":
+        fields |= {key: value for key, value in carried.get("fields", {}).items() if parent(key) in components}
         header[metadata.KEY] = json.dumps(fields, indent=2, sort_keys=True)
         notes.append(f"diffusers before 0.34 does not read {metadata.KEY} and would leave the scalings out")
     if said := _mark(adapter.bases, components):
@@ -210,7 +219,7 @@ def write(
 
 def _named(modules: Sequence[LoraModule], prefix: str | None, *, certain: bool) -> list[LoraModule]:
     """The modules under the names and the component that they are written with."""
-    named = flux.unflatten(modules)
+    named = sgm.unflatten(flux.unflatten(modules))
     if prefix == DIFFUSION_MODEL and flux.has_diffusers_names(named, certain=certain):
         named = flux.to_native(named)
     elif flux.has_native_names(named) and any(_is_to_translate(module, prefix) for module in named):

@@ -30,6 +30,7 @@ FOLDER = True
 CONFIG = NAME
 FILES = ("flax_adapter.*",)
 CARRIES = frozenset({Feature.CHANGED_BASE})
+KEEPS_SETTINGS = True
 
 _DIALECTS = frozenset({Dialect.NNX, Dialect.LINEN, Dialect.OPENPI})
 _NAMINGS = ("hf", "tunix-llama", "maxtext")

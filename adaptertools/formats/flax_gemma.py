@@ -27,6 +27,7 @@ FOLDER = True
 CONFIG = NAME
 FILES = ("flax_adapter.*",)
 CARRIES = frozenset({Feature.CHANGED_BASE})
+KEEPS_SETTINGS = True
 
 _DIALECTS = frozenset({Dialect.GEMMA})
 _NAMINGS = ("hf", "gemma")

@@ -29,6 +29,7 @@ FOLDER = True
 CONFIG = NAME
 FILES = ("flax_adapter.*",)
 CARRIES = frozenset({Feature.CHANGED_BASE})
+KEEPS_SETTINGS = True
 
 _DIALECTS = frozenset({Dialect.QWIX, Dialect.MAXTEXT_LEGACY})
 _NAMINGS = ("hf", "tunix-llama", "tunix-gemma", "maxtext")

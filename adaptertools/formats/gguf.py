@@ -33,7 +33,7 @@ from torch import Tensor
 
 from adaptertools.adapter import Adapter, Base, Feature, Kind, LoraModule, Origin, ScaleRule, Target
 from adaptertools.containers.artifact import Artifact
-from adaptertools.containers.history import read_history
+from adaptertools.containers.history import read_history, read_settings
 from adaptertools.containers.source import Source
 from adaptertools.dialects.gguf.base import BaseFacts, facts_from_json, facts_of
 from adaptertools.dialects.gguf.families import BY_ARCHITECTURE, EMBEDDING, PERMUTED_TENSORS
@@ -44,7 +44,7 @@ from adaptertools.dialects.gguf.places import check_fit, heads_of, odd_names, te
 from adaptertools.dialects.gguf.rows import in_halves, interleaved
 from adaptertools.dialects.peft.base import Checkpoint
 from adaptertools.encoding import Encoder, Loss
-from adaptertools.errors import AmbiguousFormatError, MatchError, UnknownFormatError, UnsupportedFeatureError
+from adaptertools.errors import AmbiguousFormatError, MatchError, UnknownFormatError, UnsupportedFeatureError, count
 from adaptertools.stating import common_alpha
 from adaptertools.tensors import Deferred, combine, natural_order
 
@@ -54,7 +54,6 @@ FOLDER = False
 CONFIG = ".json"
 FILES = ("*.gguf",)
 CARRIES = frozenset({Feature.EMBEDDING, Feature.ALORA})
-BASE_CONFIG_SUFFICES = True
 OPAQUE_IS_OWN = True
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -93,10 +92,10 @@ def read(source: Source, *, base: Checkpoint | None = None, ignore_norms: bool =
         bases={"": header.base},
         invocation_tokens=header.invocation_tokens,
         history=read_history(metadata),
-        metadata={"gguf": _carried(header, facts)},
+        metadata={**read_settings(metadata), "gguf": _carried(header, facts)},
         notes=(
             *header.notes,
-            *([f"left out: {ignored} norms that were trained along, as asked for"] if ignored else []),
+            *([f"left out: {count(ignored, 'norm')} that trained along, as asked for"] if ignored else []),
             *_opaque_notes(modules, header, facts),
         ),
         origin=Origin(format="gguf", container="gguf", label=source.label, path=source.path, name=source.name),

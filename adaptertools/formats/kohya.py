@@ -16,10 +16,14 @@ A flat name is a prefix and the module's path with `_` for `.`:
     lora_te1_ lora_te2_ lora_te3_ the text encoders of SDXL, SD3 and Flux
     lora_transformer_             the transformer, as OneTrainer calls it
 
+Modules of no named model are written behind lora_te_ where their names are those of CLIP, else behind lora_unet_. A
+note says so where that is a guess, and `prefix` of the writer chooses another: kohya has none for language models.
+
 Flux has the names of its publisher here; those of diffusers are written so, q, k and v fused (diffusers/flux.py).
 Names are turned back only by those of a base model (`base`: a model, or a pipeline with one folder for each), or by the
 record in a header that we wrote. Else they stay as they are: `opaque`. SDXL's UNet has the names of the original (sgm)
-model here. Tucker's core is folded into lora_down when it is read.
+model here. Writing diffusers turns back its names and Flux's without a base, since they are closed sets:
+diffusers/sgm.py, diffusers/flux.py. Tucker's core is folded into lora_down when it is read.
 
 Written is `.alpha` for every module, 0-dimensional, exactly alpha / r · r; where float32 holds no such number, the
 scaling is folded into lora_up and alpha is r. diffusers 0.42 scales modules without alpha, and those of attention
@@ -43,7 +47,7 @@ from adaptertools.dialects.diffusers import flux
 from adaptertools.dialects.kohya import header, keys
 from adaptertools.dialects.kohya import read as kohya_read
 from adaptertools.dialects.kohya.factors import encode, lora_pair
-from adaptertools.dialects.kohya.names import flat_names
+from adaptertools.dialects.kohya.names import flat_names, prefix_notes
 from adaptertools.encoding import Encoder
 from adaptertools.errors import OptionError, UnsupportedFeatureError
 from adaptertools.module import check_alpha
@@ -121,7 +125,7 @@ def write(
         metadata=strings,
         hashes=lambda: header.hashes(tensors, strings),
         sidecar=CONFIG,
-        notes=_notes(adapter),
+        notes=(*prefix_notes(named, prefix), *_notes(adapter)),
     )
 
 

@@ -33,7 +33,7 @@ from adaptertools.containers.source import Source
 from adaptertools.dialects.litgpt.attention import Slots, adapted_slots, split
 from adaptertools.dialects.litgpt.keys import FORMER_QKV, LAYER, QKV, adapter_file, adapter_files, sort_keys
 from adaptertools.dialects.litgpt.names import Family, family_of, hugging_face_name
-from adaptertools.dialects.litgpt.settings import HYPERPARAMETERS, MODEL, Model, stated_alpha, stated_slots
+from adaptertools.dialects.litgpt.settings import HYPERPARAMETERS, MODEL, Model, settings, stated_alpha, stated_slots
 from adaptertools.encoding import Encoder
 from adaptertools.errors import ConfigError, MissingAlphaError, OptionError, UnsupportedFeatureError
 from adaptertools.module import RowSlice, check_alpha
@@ -56,6 +56,8 @@ class _Reading:
     slots: Slots | None
     model: Model
     family: Family
+    settings: Mapping[str, Any]
+    notes: tuple[str, ...]
 
 
 def detect(source: Source) -> bool:
@@ -80,6 +82,8 @@ def read(source: Source, *, alpha: float | None = None, slots: str | None = None
     return Adapter(
         modules=tuple(sorted(modules, key=lambda module: natural_order(str(module.target)))),
         bases={"": Base(id=reading.model.id)},
+        metadata=reading.settings,
+        notes=reading.notes,
         origin=Origin(
             format="litgpt", container=file.container, label=source.label, path=source.path, name=source.name
         ),
@@ -115,12 +119,15 @@ def _settle(source: Source, label: str, alpha: float | None, slots: str | None) 
             f"{source.label_of(MODEL)}: the model {model.name or 'without a name'} with {model.mlp} is none whose "
             "names in Hugging Face's model LitGPT's conversion knows. Merge it with `litgpt merge_lora`"
         )
+    said, notes = settings(run, source.label_of(HYPERPARAMETERS))
     return _Reading(
         label=label,
         alpha=scale,
         slots=stated_slots(run, source.label_of(HYPERPARAMETERS), slots),
         model=model,
         family=family,
+        settings={"litgpt": said} if said else {},
+        notes=notes,
     )
 
 

@@ -51,7 +51,7 @@ from adaptertools.adapter import (
 )
 from adaptertools.containers import sidecar
 from adaptertools.containers.artifact import Artifact
-from adaptertools.containers.history import read_history
+from adaptertools.containers.history import read_history, unread_entries
 from adaptertools.containers.jsonfile import parse_object
 from adaptertools.containers.source import Source
 from adaptertools.containers.tensorfile import TensorFile
@@ -73,6 +73,7 @@ from adaptertools.errors import (
     DuplicateTargetError,
     MissingAlphaError,
     UnsupportedFeatureError,
+    count,
 )
 from adaptertools.module import check_alpha
 from adaptertools.stating import common_alpha
@@ -84,7 +85,7 @@ FOLDER = False
 CONFIG = sidecar.SUFFIX
 FILES = (f"*{sidecar.SUFFIX}",)
 CARRIES = frozenset({Feature.CONV, Feature.EMBEDDING, Feature.FUSED_ROWS, Feature.FULL_WEIGHTS, Feature.BIAS})
-BASE_CONFIG_SUFFICES = True
+KEEPS_SETTINGS = True
 
 OwnWeights = Literal["drop", "unmerged", "merged"]
 
@@ -140,7 +141,14 @@ def read(
         bases=record.bases,
         history=read_history(file.metadata, document),
         metadata=record.metadata,
-        notes=merge_notes(record_notes, keys.notes, layout_notes, alpha_notes, weight_notes),
+        notes=merge_notes(
+            record_notes,
+            keys.notes,
+            layout_notes,
+            alpha_notes,
+            weight_notes,
+            unread_entries(file.metadata, "loralib", _HEADER_KEY),
+        ),
         origin=Origin(
             format="loralib", container=file.container, label=source.label, path=source.path, name=source.name
         ),
@@ -181,7 +189,7 @@ def _modules(
                 "alpha = 2r), and 128 at r 4 for GPT-2 NLG, where its README has 32"
             )
         modules[name] = found
-    note = f"alpha {alpha} was given and taken for {len(overruled)} layers whose sidecar says otherwise"
+    note = f"alpha {alpha} was given and taken for {count(len(overruled), 'layer')} whose sidecar says otherwise"
     return modules, [note] if overruled else []
 
 
@@ -232,7 +240,7 @@ def _full_weights(
             kept = _unmerged(tensor, modules[name.removesuffix(".weight")]) if own_weights == "merged" else tensor
             full[name] = FullWeight(weight=kept, role=WeightRole.BASE)
     done = {"drop": "left out", "unmerged": "kept as they are", "merged": "kept less ΔW"}.get(own_weights or "", "")
-    return full, [f"the weights of {len(own)} adapted layers were in the file and {done}"] if own else []
+    return full, [f"the weights of {count(len(own), 'adapted layer')} were in the file and {done}"] if own else []
 
 
 def _role(name: str, weights: Mapping[str, Tensor], own: list[str]) -> WeightRole:

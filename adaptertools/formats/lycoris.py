@@ -32,7 +32,7 @@ from adaptertools.dialects.kohya.factors import Pair, Rounding, lora_pair
 from adaptertools.dialects.kohya.keys import Group
 from adaptertools.dialects.kohya.lowrank import loha_pair, lokr_pair
 from adaptertools.encoding import Encoder
-from adaptertools.errors import ShapeError, UnsupportedFeatureError
+from adaptertools.errors import ShapeError, UnsupportedFeatureError, count
 
 SUMMARY = "LyCORIS: LoHa and LoKr, as exact low-rank factors"
 CONTAINERS: tuple[str, ...] = ()
@@ -67,7 +67,7 @@ def read(source: Source, *, base: Model | None = None, ignore_other: bool = Fals
     if not unsure:
         return adapter
     note = (
-        f"{len(unsure)} modules are taken for linear layers, {unsure[0].target} among them. A convolution whose kernel "
+        f"{count(len(unsure), 'module')} taken for linear, such as {unsure[0].target}. A convolution whose kernel "
         "LyCORIS flattened looks the same: give --base to tell them apart"
     )
     return replace(adapter, notes=merge_notes(adapter.notes, [note]))

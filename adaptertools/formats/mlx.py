@@ -36,7 +36,7 @@ from dataclasses import replace
 from adaptertools.adapter import Adapter, Feature, Origin, merge_notes
 from adaptertools.containers.artifact import Artifact
 from adaptertools.containers.checkpoint import Checkpoint
-from adaptertools.containers.history import HEADER_KEY, read_history
+from adaptertools.containers.history import HEADER_KEY, read_history, read_settings, unread_entries
 from adaptertools.containers.source import Source
 from adaptertools.dialects.mlx import config as mlx_config
 from adaptertools.dialects.mlx import files as mlx_files
@@ -50,6 +50,7 @@ from adaptertools.dialects.mlx.record import Record, header
 from adaptertools.dialects.mlx.write import is_dora, tensors
 from adaptertools.dialects.peft.base import BaseModel
 from adaptertools.encoding import Encoder
+from adaptertools.errors import count
 from adaptertools.module import Kind, LoraModule
 from adaptertools.stating import common_scaling
 from adaptertools.tensors import natural_order
@@ -60,7 +61,6 @@ FOLDER = True
 CONFIG = mlx_files.CONFIG
 FILES = (mlx_files.CONFIG, *mlx_files.WEIGHTS)
 CARRIES = frozenset({Feature.DORA, Feature.EMBEDDING, Feature.PARAMETER})
-BASE_CONFIG_SUFFICES = True
 
 
 def detect(source: Source) -> bool:
@@ -101,8 +101,13 @@ def read(
         modules=tuple(modules),
         bases={"": replace(config.base, revision=record.revision)},
         history=read_history(file.metadata),
-        metadata={"mlx": dict(config.metadata)} if config.metadata else {},
-        notes=merge_notes(config.notes, _rank_notes(config, groups), _name_notes(modules, reading.base)),
+        metadata=read_settings(file.metadata) | ({"mlx": dict(config.metadata)} if config.metadata else {}),
+        notes=merge_notes(
+            unread_entries(file.metadata, "mlx-lm"),
+            config.notes,
+            _rank_notes(config, groups),
+            _name_notes(modules, reading.base),
+        ),
         origin=Origin(format="mlx", container=file.container, label=source.label, path=source.path, name=source.name),
     )
 
@@ -159,7 +164,7 @@ def _name_notes(modules: Sequence[LoraModule], base: BaseModel) -> Iterator[str]
     stacks = [module.target.parameter for module in modules if module.target.opaque]
     if stacks:
         why = "the base model has no experts of that name and size" if base.known else "--base gives them their names"
-        yield f"{len(stacks)} stacks of experts keep the name that they have in mlx-lm, such as {stacks[0]}: {why}"
+        yield f"{count(len(stacks), 'expert stack', ('keeps', 'keep'))} the name of mlx-lm, such as {stacks[0]}: {why}"
     yield from base.notes(module for module in modules if not module.target.opaque)
 
 

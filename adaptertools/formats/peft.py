@@ -42,7 +42,7 @@ from typing import Any
 
 from adaptertools.adapter import Adapter, Feature, Origin, merge_notes
 from adaptertools.containers.artifact import Artifact
-from adaptertools.containers.history import HEADER_KEY, read_history
+from adaptertools.containers.history import read_history, read_settings, unread_entries
 from adaptertools.containers.source import Source
 from adaptertools.dialects.peft import config as peft_config
 from adaptertools.dialects.peft import files as peft_files
@@ -68,7 +68,7 @@ from adaptertools.dialects.peft.write import (
 from adaptertools.dialects.torchtune import keys as torchtune_keys
 from adaptertools.dialects.torchtune.beside import export_notes
 from adaptertools.encoding import Encoder
-from adaptertools.errors import OptionError, UnknownFormatError, UnsupportedFeatureError
+from adaptertools.errors import OptionError, UnknownFormatError, UnsupportedFeatureError, count
 from adaptertools.module import LoraModule, ScaleRule
 from adaptertools.names import leaf, parent
 from adaptertools.tensors import natural_order
@@ -79,7 +79,6 @@ FOLDER = True
 CONFIG = peft_config.FILE
 FILES = peft_files.PATTERNS
 CARRIES = frozenset(Feature)
-BASE_CONFIG_SUFFICES = True
 
 _READ_FROM = ("safetensors", "torch", "memory")
 
@@ -126,8 +125,8 @@ def read(
     contents = peft_keys.parse(found.tensors, source.label, None if chosen else adapter_name)
     if not config.stated and not contents.groups and not contents.tokens:
         raise UnknownFormatError(
-            f"{source.label}: none of its {len(found.tensors)} tensors is a factor of LoRA, and {CONFIG} is not there; "
-            "this is no adapter"
+            f"{source.label}: none of its {count(len(found.tensors), 'tensor')} is a factor of LoRA, and {CONFIG} is "
+            "not there; this is no adapter"
         )
     reading = Reading(
         config=config, base=BaseModel(base, config.base.layer_replication), dora=_dora(contents, config, dora)
@@ -144,14 +143,14 @@ def read(
         bases=bases,
         invocation_tokens=config.invocation_tokens,
         history=read_history(found.metadata, found.source.document(peft_files.SIDECAR)),
-        metadata={"peft": metadata},
+        metadata={**read_settings(found.metadata, found.source.document(peft_files.SIDECAR)), "peft": metadata},
         notes=merge_notes(
             found.notes,
             contents.notes,
             config.notes,
             reading.base.notes(modules),
             export_notes(found.source),
-            _foreign(found.metadata),
+            unread_entries(found.metadata, "PEFT"),
         ),
         origin=Origin(format="peft", container=found.container, label=source.label, path=source.path, name=source.name),
     )
@@ -285,8 +284,3 @@ def _dora(contents: Contents, config: PeftConfig, wanted: bool | None) -> bool:
     stated = config.flag("use_dora") if config.stated else None
     fate = "PEFT then ignores without a word"
     return settle_dora(config, contents.groups.values(), wanted, stated=stated, fate=fate)
-
-
-def _foreign(header: Mapping[str, str]) -> list[str]:
-    entries = sorted(header.keys() - {"format", HEADER_KEY})
-    return [f"header entries that PEFT does not know are not carried: {', '.join(entries)}"] if entries else []

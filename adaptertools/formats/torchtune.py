@@ -31,6 +31,7 @@ torchtune/training/checkpointing/_checkpointer.py
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
@@ -97,6 +98,7 @@ def read(source: Source, *, alpha: float | None = None, base: Checkpoint | None 
     return Adapter(
         modules=tuple(sorted(read, key=lambda module: natural_order(str(module.target)))),
         bases={"": config.base},
+        metadata=_settings(config),
         notes=merge_notes(config.notes, _naming_notes(config, family), _bias_notes(read, family)),
         origin=Origin(
             format="torchtune", container=file.container, label=source.label, path=source.path, name=source.name
@@ -110,6 +112,12 @@ def write(adapter: Adapter, encoder: Encoder, *, container: str) -> Artifact:
     Raises: OptionError
     """
     raise OptionError("torchtune can be read, not written")
+
+
+def _settings(config: PeftConfig) -> dict[str, Any]:
+    """What the configuration says beyond the adapter model, in PEFT's own words."""
+    said = {key: value for key, value in config.carried().items() if key != "target_modules"}
+    return {"peft": said} if config.stated and said else {}
 
 
 def _family(source: Source, base: Checkpoint | None) -> Family | None:
@@ -133,7 +141,7 @@ def _check_known(label: str, modules: Mapping[str, Mapping[str, Tensor]], family
     if turned and family is None:
         raise ConfigError(
             f"{label}: the order of the rows of {turned[0]} depends on the base model, and {_MODEL_CONFIG} does not "
-            "stand beside the file. Give the base model, or a folder with its config.json and weights: --base BASE"
+            "stand beside the file. Give the base model, or a folder with its config.json: --base BASE"
         )
 
 

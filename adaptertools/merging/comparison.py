@@ -1,9 +1,12 @@
 """Every tensor of a merge against what it has to be, by pieces that several threads share."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from adaptertools.containers.checkpoint import Checkpoint
@@ -11,6 +14,7 @@ from adaptertools.merging.coefficients import Moments
 from adaptertools.merging.edits import Edit
 from adaptertools.merging.plan import MergePlan
 from adaptertools.merging.reference import BLOCK_ELEMENTS, ExactRows, Reference
+from adaptertools.merging.scratch import scratch
 from adaptertools.tensors import in_parallel
 
 _EXPONENT = 0x7FF0000000000000
@@ -103,31 +107,46 @@ class Comparison:
         return _by_rows(edit, reference.block_rows, check)
 
     def _compare(self, edit: Edit, exact: ExactRows, found: Tensor) -> tuple[TensorCheck, Moments]:
-        value, wide = exact.value, found.to(torch.float64)
-        rounded = value.to(edit.dtype)
-        off = (wide - value).abs_().nan_to_num_(0.0, 0.0)
-        suspect = (found != rounded) & ~(found.isnan() & value.isnan())
-        beyond = off.sub(value.abs(), alpha=exact.epsilon).div_(_half_step(value, edit.dtype))
-        beyond[suspect] = 0.0
-        beyond.nan_to_num_(0.0, 0.0, 0.0)
+        rounded = scratch("rounded", exact.value, edit.dtype).copy_(exact.value)
+        suspects = _differing(found, rounded)
+        check, change = self._unsuspected(edit, exact, suspects, found)
+        if len(suspects):
+            check = check.joined(self._suspected(edit, exact, suspects, found))
+        return check, self._moments(exact, change, suspects, rounded)
+
+    def _unsuspected(self, edit: Edit, exact: ExactRows, suspects: Tensor, found: Tensor) -> tuple[TensorCheck, Tensor]:
+        """What the elements are off that are the rounded value, and what the merge added to all of them."""
+        wide = scratch("found", exact.value, torch.float64).copy_(found)
+        change = torch.sub(wide, exact.before, out=scratch("change", wide, torch.float64))
+        off = wide.sub_(exact.value).abs_()
+        max_abs = float(off.amax())
+        if not math.isfinite(max_abs):
+            change.nan_to_num_(0.0, 0.0, 0.0)
+            max_abs = float(off.nan_to_num_(0.0, 0.0).amax())
+        size = scratch("size", off, torch.float64)
+        beyond = off.sub_(torch.abs(exact.value, out=size), alpha=exact.epsilon)
+        beyond.div_(_half_step(exact.value, edit.dtype, size))
+        beyond.view(-1)[suspects] = 0.0
+        roundings = float(beyond.amax())
+        if not math.isfinite(roundings):
+            roundings = float(beyond.nan_to_num_(0.0, 0.0, 0.0).amax())
         check = TensorCheck(
             name=edit.name,
             computed=True,
             elements=found.numel(),
-            roundings=max(float(beyond.max()), 0.0),
-            max_abs=float(off.max()),
+            roundings=max(roundings, 0.0),
+            max_abs=max_abs,
         )
-        if suspect.any():
-            rows, columns = suspect.nonzero().unbind(dim=1)
-            check = check.joined(self._suspected(edit, exact, rows, columns, found[suspect]))
-        return check, self._moments(exact, wide, rounded.to(torch.float64))
+        return check, change
 
-    def _suspected(self, edit: Edit, exact: ExactRows, rows: Tensor, columns: Tensor, found: Tensor) -> TensorCheck:
+    def _suspected(self, edit: Edit, exact: ExactRows, suspects: Tensor, found: Tensor) -> TensorCheck:
         """Elements that are not the rounded value: within what arithmetic may be off, or wrong."""
-        value = exact.value[rows, columns]
+        rows, columns = suspects // found.shape[1], suspects % found.shape[1]
+        found, value = found[rows, columns], exact.value[rows, columns]
         doubt = exact.doubt(rows, columns)
         roomy = doubt if self._ours else doubt + _roundings_between(exact, rows, columns, edit.dtype)
         right = ((value - roomy).to(edit.dtype) <= found) & (found <= (value + roomy).to(edit.dtype))
+        right |= found.isnan() & value.isnan()
         off = (found.to(torch.float64) - value).abs()
         beyond = (off - doubt).clamp_min(0.0) / _half_step(value, edit.dtype)
         return TensorCheck(
@@ -138,17 +157,21 @@ class Comparison:
             max_abs=_largest(off, right),
         )
 
-    def _moments(self, exact: ExactRows, found: Tensor, rounded: Tensor) -> Moments:
+    def _moments(self, exact: ExactRows, change: Tensor, suspects: Tensor, rounded: Tensor) -> Moments:
+        """A right merge adds what this one adds, but at the elements that are not the rounded value."""
         moments = Moments.zero(len(self._plan.sources))
-        changes = [(change - exact.before).nan_to_num_(0.0, 0.0, 0.0) for change in (found, rounded)]
-        for index, delta in exact.deltas.items():
-            for other, beside in exact.deltas.items():
-                moments.gram[index, other] = torch.vdot(delta.flatten(), beside.flatten()).cpu()
-            moments.found[index] = torch.vdot(delta.flatten(), changes[0].flatten()).cpu()
-            moments.expected[index] = torch.vdot(delta.flatten(), changes[1].flatten()).cpu()
+        places = torch.tensor(exact.sources, dtype=torch.int64)
+        deltas, change = exact.stack.view(len(places), change.numel()), change.view(-1)
+        due = (rounded.view(-1)[suspects] - exact.before.view(-1)[suspects]).nan_to_num_(0.0, 0.0, 0.0)
+        added = deltas @ change
+        missed = deltas[:, suspects] @ (due - change[suspects])
+        moments.found[places] = added.cpu()
+        moments.expected[places] = (added + missed).cpu()
+        moments.gram[places.unsqueeze(1), places] = exact.gram.cpu()
         return moments
 
 
+@torch.no_grad()
 def _checked(piece: _Piece) -> tuple[_Piece, tuple[TensorCheck, Moments | None]]:
     return piece, piece.check(piece.start, piece.stop)
 
@@ -202,9 +225,26 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 def _same_bits(name: str, expected: Tensor, found: Tensor, itemsize: int) -> TensorCheck:
     wrong = 0
-    if not torch.equal(expected, found):
+    if not _are_equal(expected.numpy(), found.numpy()):
         wrong = int((expected != found).reshape(-1, itemsize).any(dim=1).sum())
     return TensorCheck(name=name, computed=False, elements=len(found) // itemsize, wrong=wrong)
+
+
+def _are_equal(one: NDArray[np.uint8], other: NDArray[np.uint8]) -> bool:
+    """Eight bytes at a time, wherever they begin: eight times as fast."""
+    words = len(one) // 8 * 8
+    return np.array_equal(one[:words].view(np.uint64), other[:words].view(np.uint64)) and np.array_equal(
+        one[words:], other[words:]
+    )
+
+
+def _differing(found: Tensor, rounded: Tensor) -> Tensor:
+    """The places, in row order, of elements that are other bits; numpy finds the few ten times as fast."""
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[rounded.itemsize]
+    one, other = found.contiguous().view(-1).view(bits), rounded.view(-1).view(bits)
+    if one.device.type != "cpu":
+        return (one != other).nonzero().squeeze(1)
+    return torch.from_numpy(np.flatnonzero(one.numpy() != other.numpy()))
 
 
 def _largest(off: Tensor, right: Tensor) -> float:
@@ -214,11 +254,12 @@ def _largest(off: Tensor, right: Tensor) -> float:
     return float(torch.where(off.isnan(), torch.where(right, 0.0, torch.inf), off).max())
 
 
-def _half_step(value: Tensor, dtype: torch.dtype) -> Tensor:
+def _half_step(value: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """Half the distance to the next number of the dtype: what one rounding may cost."""
     limits = torch.finfo(dtype)
-    bits = value.abs().clamp_min_(limits.smallest_normal).view(torch.int64)
-    return bits.bitwise_and_(_EXPONENT).view(torch.float64).mul_(limits.eps / 2)
+    step = torch.empty_like(value) if out is None else out
+    torch.bitwise_and(value.view(torch.int64), _EXPONENT, out=step.view(torch.int64))
+    return step.clamp_min_(limits.smallest_normal).mul_(limits.eps / 2)
 
 
 def _roundings_between(exact: ExactRows, rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
@@ -234,7 +275,7 @@ def _roundings_between(exact: ExactRows, rows: Tensor, columns: Tensor, dtype: t
         plain[within] = 0.0
         steps[within] += gain.abs() * (_half_step(product, dtype) + _half_step(new, dtype))
         steps[within] += 3 * torch.finfo(dtype).eps / 2 * (gain * new).abs()
-    for number, whole in enumerate(exact.deltas.values()):
+    for number, whole in enumerate(exact.stack):
         delta = whole[rows, columns]
         if number:
             steps += _half_step(size, dtype)

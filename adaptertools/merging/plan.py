@@ -12,7 +12,7 @@ from adaptertools.adapter import Adapter, merge_notes
 from adaptertools.containers.checkpoint import CONFIG, Checkpoint
 from adaptertools.containers.source import Located
 from adaptertools.dialects.peft.base import BaseModel
-from adaptertools.errors import MatchError, OptionError
+from adaptertools.errors import MatchError, OptionError, count
 from adaptertools.merging import outputs
 from adaptertools.merging.assembly import Assembly, Settings
 from adaptertools.merging.edits import Edit
@@ -98,15 +98,16 @@ class MergePlan:
     def __str__(self) -> str:
         replaced = [name for name, edit in self.edits.items() if edit.replacement is not None]
         cast = [name for name, edit in self.edits.items() if self._is_cast(edit)]
+        held = f"{count(len(self.base.shapes), 'tensor')} in {count(len(self.base.files), 'file')}"
         lines = [
-            f"base      {self.base.label}: {len(self.base.shapes)} tensors in {len(self.base.files)} files",
+            f"base      {self.base.label}: {held}",
             *(f"adapter   {name}, weight {weight:g}" for name, weight in zip(self.sources, self.weights, strict=True)),
             f"changed   {len(self.changed)} of {len(self.tensors)} tensors",
             f"replaced  {_few(replaced)}" if replaced else "",
-            f"cast      {len(cast)} tensors to {dtype_name(self.edits[cast[0]].dtype)}" if cast else "",
+            f"cast      {count(len(cast), 'tensor')} to {dtype_name(self.edits[cast[0]].dtype)}" if cast else "",
             f"read      {self.bytes_read:,} bytes",
-            f"written   {self.bytes_written:,} bytes in {len(self.shards)} files",
-            f"copied    {len(self.copied)} other files",
+            f"written   {self.bytes_written:,} bytes in {count(len(self.shards), 'file')}",
+            f"copied    {count(len(self.copied), 'other file')}",
             f"adapters  {self.adapter_bytes:,} bytes in memory",
             f"config    {_few(list(self.config))}" if self.config else "",
             f"left out  {_few(self.left_out)}" if self.left_out else "",

@@ -3,13 +3,14 @@
 import functools
 import math
 import platform
-import threading
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from adaptertools.merging.scratch import scratch
 
 Sums = tuple[float, float, float, float]
 """Σ δ², Σ W², Σ (W' − W − δ)², and the count of elements that stay as they are"""
@@ -26,8 +27,6 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 _BELOW_F16, _HALF_F16 = (1 << 13) - 1, 1 << 12
 """The bits of a float32 that float16 has no room for, and what they are halfway between two of its numbers."""
-
-_local = threading.local()
 
 
 def add_product(
@@ -100,10 +99,10 @@ class _Tile:
 
     def __init__(self, weight: Tensor, arithmetic: torch.dtype, dtype: torch.dtype) -> None:
         self._weight = weight
-        self._wide = _buffer("wide", weight, arithmetic).copy_(weight)
-        self._delta = _buffer("delta", weight, arithmetic)
-        self._sum = _buffer("sum", weight, arithmetic)
-        self.rounded = _buffer("rounded", weight, dtype)
+        self._wide = scratch("wide", weight, arithmetic).copy_(weight)
+        self._delta = scratch("delta", weight, arithmetic)
+        self._sum = scratch("sum", weight, arithmetic)
+        self.rounded = scratch("rounded", weight, dtype)
 
     def add(
         self, left: Tensor, right: Tensor | list[Tensor], row: Tensor | None, column: Tensor | None, across: slice
@@ -180,15 +179,3 @@ def _square(values: Tensor) -> float:
     flat = values.view(-1)
     total = float(torch.dot(flat, flat))
     return total if math.isfinite(total) else float(flat.to(torch.float64).square().sum())
-
-
-def _buffer(name: str, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """An uninitialized tensor of this shape; on a CPU in memory that the thread has had before."""
-    if like.device.type != "cpu":
-        return torch.empty(like.shape, dtype=dtype, device=like.device)
-    buffers = _local.__dict__
-    key = f"{name} {dtype}"
-    if key not in buffers or buffers[key].numel() < like.numel():
-        buffers[key] = torch.empty(like.numel(), dtype=dtype)
-    found: Tensor = buffers[key][: like.numel()].view(like.shape)
-    return found

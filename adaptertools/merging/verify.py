@@ -12,7 +12,7 @@ import torch
 from adaptertools.adapter import Adapter
 from adaptertools.containers.checkpoint import Checkpoint
 from adaptertools.containers.source import Located, located
-from adaptertools.errors import FileError, SourceNotFoundError
+from adaptertools.errors import FileError, SourceNotFoundError, count
 from adaptertools.linalg import parse_device
 from adaptertools.merging import record
 from adaptertools.merging.coefficients import Coefficient, fit, misapplied
@@ -141,6 +141,6 @@ def _judged(plan: MergePlan, comparable: Sequence[str]) -> list[int]:
 def _notes(plan: MergePlan, dropped: Sequence[str]) -> tuple[str, ...]:
     """What the plan has to say, what it leaves out, and what a merge by another tool does."""
     without = (f"it is without {few(dropped)}, which the class of the model makes anew",) if dropped else ()
-    count, first = len(plan.left_out), ", ".join(plan.left_out[:3])
-    left_out = (f"{count} modules match no weight of the base and count for nothing: {first}",) if count else ()
+    unmatched, first = count(len(plan.left_out), "module", ("matches", "match")), ", ".join(plan.left_out[:3])
+    left_out = (f"{unmatched} no weight of the base, without effect: {first}",) if plan.left_out else ()
     return (*left_out, *without, *plan.notes)

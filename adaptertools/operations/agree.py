@@ -150,7 +150,7 @@ def _bases(sources: Sequence[Source], force: bool, notes: list[str]) -> dict[str
     unknown = [source for source in sources if not any(base.id for base in source.adapter.bases.values())]
     if unknown:
         names = ", ".join(map(str, unknown))
-        notes.append(f"base model not known, so not compared: {names}")
+        notes.append(f"no base model is named in {names}: that all sources are for the same one was not checked")
     return found
 
 

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from adaptertools.adapter import Adapter, Base, LoraModule, RowWeights, expect_adapter
+from adaptertools.adapter import Adapter, Base, LoraModule, RowSlice, RowWeights, expect_adapter
 from adaptertools.dialects.diffusers import flux
 from adaptertools.errors import OptionError
 from adaptertools.linalg import delta_norm
@@ -20,7 +20,8 @@ from adaptertools.operations.agree import model_name
 from adaptertools.operations.align import by_parameter, in_common_layout
 from adaptertools.operations.difference import Difference, ModuleDifference, cosine_together
 from adaptertools.operations.distance import compare_products
-from adaptertools.operations.values import ValueDifference, compare_rows, compare_values, equal_bits, not_finite
+from adaptertools.operations.renormalized import BaseWeight, base_matrix, compare_on_base
+from adaptertools.operations.values import Side, ValueDifference, compare_rows, compare_values, equal_bits, not_finite
 from adaptertools.tensors import in_parallel
 
 
@@ -31,6 +32,8 @@ class _Found:
     rows: Sequence[ModuleDifference] = ()
     modules: Sequence[LoraModule | None] = ()
     weights: Sequence[ValueDifference | None] = ()
+    dora_on_base: Sequence[str] = ()
+    dora_in_parts: Sequence[str] = ()
 
 
 def diff(
@@ -39,6 +42,7 @@ def diff(
     *,
     tolerance: float = 1e-6,
     norms: bool = False,
+    base_weight: BaseWeight | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Difference:
     """How far B is from A: the relative Frobenius distance of their delta weights, and whatever else differs.
@@ -48,11 +52,13 @@ def diff(
     Distances come from QR factorisations of the stacked factors in float64 and are right down to its last bits. Modules
     that are equal bit for bit are not computed with; `norms` measures them even if nothing needs it.
 
-    DoRA's magnitude is compared beside the direction, and the bias of a module times its scaling. Names and revisions
-    of base models are compared where both are known; a difference is noted and does not count.
+    Where `base_weight` has the weight that DoRA renormalises, the delta weights that it makes of it are compared; else
+    its magnitude is, beside the direction. The bias of a module is compared times its scaling. Names and revisions of
+    base models are compared where both are known; a difference is noted and does not count.
 
     Units:  tolerance is relative to A
-    Memory: a few float64 copies of one parameter's factors a core; the (out, in) delta weight is never formed
+    Memory: a few float64 copies of one parameter's factors a core, with DoRA on its base some blocks of a few MB; the
+            (out, in) delta weight is never formed
     Raises: OptionError for a tolerance that is negative or no number, and for what is no adapter
             ShapeError if the delta weights of a parameter have different shapes
             NonFiniteError for NaN or infinity in what is not equal bit for bit, or whose norm is needed
@@ -61,7 +67,7 @@ def diff(
     expect_adapter(b)
     if isinstance(tolerance, bool) or not isinstance(tolerance, int | float) or not 0 <= tolerance < math.inf:
         raise OptionError(f"tolerance is {tolerance!r:.40}, expected a number of 0 or more")
-    tasks = list(_tasks(a, b))
+    tasks = list(_tasks(a, b, base_weight))
     found: list[_Found] = []
     for one in in_parallel(lambda task: task(), tasks):
         found.append(one)
@@ -70,7 +76,7 @@ def diff(
     rows = [(row, module) for one in found for row, module in zip(one.rows, one.modules, strict=True)]
     needed = any(row.distance for row, _ in rows)
     if norms or needed:
-        measured = tuple(in_parallel(lambda pair: _measured(*pair, needed=needed), rows))
+        measured = tuple(in_parallel(lambda pair: _measured(*pair, base_weight, needed=needed), rows))
     else:
         measured = tuple(row for row, _ in rows)
     return Difference(
@@ -79,15 +85,17 @@ def diff(
         weights=tuple(weight for one in found for weight in one.weights if weight is not None),
         others=tuple(_others(a, b)),
         notes=tuple(_notes(a, b)),
+        dora_on_base=tuple(name for one in found for name in one.dora_on_base),
+        dora_in_parts=tuple(name for one in found for name in one.dora_in_parts),
     )
 
 
-def _tasks(a: Adapter, b: Adapter) -> Iterator[Callable[[], _Found]]:
+def _tasks(a: Adapter, b: Adapter, base_weight: BaseWeight | None) -> Iterator[Callable[[], _Found]]:
     """One for each parameter and for each stored weight: those of A in its order, then what is only in B."""
     one, other = flux.comparable(*_of_one_model(a.modules, b.modules))
     ours, theirs = by_parameter(replace(a, modules=one)), by_parameter(replace(b, modules=other))
     for parameter in dict.fromkeys((*ours, *theirs)):
-        yield partial(_compare_parameter, ours.get(parameter, ()), theirs.get(parameter, ()))
+        yield partial(_compare_parameter, ours.get(parameter, ()), theirs.get(parameter, ()), base_weight)
     for name in dict.fromkeys((*a.full_weights, *b.full_weights)):
         yield partial(_compare_full_weight, name, a, b)
     for name in dict.fromkeys((*a.row_weights, *b.row_weights)):
@@ -112,10 +120,20 @@ def _compare_token_rows(name: str, one: RowWeights | None, other: RowWeights | N
     return _Found(weights=[compare_rows("token rows", name, one, other)])
 
 
-def _compare_parameter(ours: Sequence[LoraModule], theirs: Sequence[LoraModule]) -> _Found:
+def _compare_parameter(
+    ours: Sequence[LoraModule], theirs: Sequence[LoraModule], base_weight: BaseWeight | None
+) -> _Found:
     bare = [[replace(m, magnitude=None, lora_bias=None) for m in group] for group in (ours, theirs)]
     one, other = ({module.target.rows: module for module in group} for group in in_common_layout(bare, ("A", "B")))
     slices = sorted({*one, *other}, key=lambda rows: rows.start if rows else 0)
+    biases = _compare_biases(ours, theirs)
+    dora = [str(replace(m.target, rows=None)) for m in (*ours, *theirs) if m.magnitude is not None][:1]
+    if dora and _are_equal(ours, theirs):
+        return _Found(rows=[_identical(module) for module in ours], modules=ours, weights=[biases])
+    matrix = base_matrix((*ours, *theirs), base_weight)
+    if matrix is not None:
+        found = [_compare_on_base(ours, theirs, rows, matrix) for rows in slices]
+        return _Found(rows=found, modules=[None] * len(found), weights=[biases], dora_on_base=dora)
     compared = [_compare_modules(one.get(rows), other.get(rows)) for rows in slices]
     magnitudes, other_magnitudes = _magnitudes(ours), _magnitudes(theirs)
     return _Found(
@@ -126,8 +144,39 @@ def _compare_parameter(ours: Sequence[LoraModule], theirs: Sequence[LoraModule])
                 compare_rows("magnitude", name, magnitudes.get(name), other_magnitudes.get(name))
                 for name in dict.fromkeys((*magnitudes, *other_magnitudes))
             ),
-            _compare_biases(ours, theirs),
+            biases,
         ],
+        dora_in_parts=dora,
+    )
+
+
+def _are_equal(ours: Sequence[LoraModule], theirs: Sequence[LoraModule]) -> bool:
+    """Whether the modules of a parameter are equal bit for bit, magnitudes too; biases are compared by themselves."""
+    return len(ours) == len(theirs) and all(
+        (one.target.rows, one.scaling, one.magnitude_axis) == (other.target.rows, other.scaling, other.magnitude_axis)
+        and (one.magnitude is None) == (other.magnitude is None)
+        and all(equal_bits(one.tensors[name], other.tensors[name]) for name in one.tensors if name != "lora_bias")
+        for one, other in zip(ours, theirs, strict=True)
+    )
+
+
+def _identical(module: LoraModule) -> ModuleDifference:
+    return ModuleDifference(target=module.target, norm=None, other_norm=None, distance=0.0, cosine=1.0, identical=True)
+
+
+def _compare_on_base(
+    ours: Sequence[LoraModule], theirs: Sequence[LoraModule], rows: RowSlice | None, matrix: Tensor
+) -> ModuleDifference:
+    here = [[m for m in group if rows is None or m.target.rows == rows] for group in (ours, theirs)]
+    found = compare_on_base(here[0], here[1], rows, matrix)
+    alone: Side | None = None if all(here) else "A" if here[0] else "B"
+    return ModuleDifference(
+        target=replace((*ours, *theirs)[0].target, rows=rows),
+        norm=found.norm,
+        other_norm=found.other_norm,
+        distance=found.distance,
+        cosine=found.cosine,
+        only_in=alone,
     )
 
 
@@ -135,8 +184,7 @@ def _compare_modules(one: LoraModule | None, other: LoraModule | None) -> tuple[
     if one is None or other is None:
         return _alone(one, other), None
     if one.scaling == other.scaling and all(equal_bits(one.tensors[name], other.tensors[name]) for name in one.tensors):
-        row = ModuleDifference(target=one.target, norm=None, other_norm=None, distance=0.0, cosine=1.0, identical=True)
-        return row, one
+        return _identical(one), one
     parts = []
     for factors in zip(
         *(_matrices(factor, one) for factor in (one.lora_A, one.lora_B, other.lora_A, other.lora_B)), strict=True
@@ -181,11 +229,17 @@ def _alone(one: LoraModule | None, other: LoraModule | None) -> ModuleDifference
     )
 
 
-def _measured(row: ModuleDifference, module: LoraModule | None, *, needed: bool) -> ModuleDifference:
+def _measured(
+    row: ModuleDifference, module: LoraModule | None, base_weight: BaseWeight | None, *, needed: bool
+) -> ModuleDifference:
     """The row with the norm of a module that is equal bit for bit; NaN if it is not finite and nothing needs it."""
     if module is None:
         return row
-    norm = _norm("A and B", module) if needed else delta_norm(module)
+    matrix = base_matrix([module], base_weight)
+    if matrix is not None:
+        norm = compare_on_base([module], [], module.target.rows, matrix).norm
+    else:
+        norm = _norm("A and B", module) if needed else delta_norm(module)
     return replace(row, norm=norm, other_norm=norm, cosine=1.0 if norm else None)
 
 

@@ -36,6 +36,10 @@ class Difference:
 
     `weights` has an entry for each tensor beside the factors that is not equal on both sides. `others` says in words
     what else changes the model and differs; `notes` what differs and changes nothing, such as the name of the base.
+
+    DoRA adds what it makes of the base weight. Of the parameters in `dora_on_base` that was compared; of those in
+    `dora_in_parts`, whose base weight is not known, direction and magnitude were, each by itself. Parameters that are
+    equal bit for bit stand in neither.
     """
 
     tolerance: float
@@ -43,6 +47,8 @@ class Difference:
     weights: tuple[ValueDifference, ...] = ()
     others: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    dora_on_base: tuple[str, ...] = ()
+    dora_in_parts: tuple[str, ...] = ()
 
     @property
     def norm(self) -> float | None:

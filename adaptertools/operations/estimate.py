@@ -10,7 +10,7 @@ from typing import Any
 from adaptertools.adapter import merge_notes
 from adaptertools.containers.checkpoint import Checkpoint
 from adaptertools.containers.source import Located
-from adaptertools.errors import OptionError
+from adaptertools.errors import OptionError, count
 from adaptertools.names import matches
 from adaptertools.operations.base_layers import BaseLayers, Layer, LayerKind
 from adaptertools.tensors import DTYPES, dtype_name
@@ -146,8 +146,8 @@ def _choose(model: BaseLayers, targets: Sequence[str], label: str) -> tuple[list
             found, bare = _named(model, target)
             if bare and found:
                 notes.append(
-                    f"{target} also names {len(bare)} bare parameters, such as {bare[0].name}, which PEFT adapts by "
-                    f"target_parameters alone: they are not counted. To count them, name {bare[0].label}"
+                    f"{target} also names {count(len(bare), 'bare parameter')}, such as {bare[0].name}, which PEFT "
+                    f"adapts by target_parameters alone: they are not counted. To count them, name {bare[0].label}"
                 )
             found = found or bare
         if not found and (tied := model.tied_head) is not None and matches(target, tied.name):
@@ -228,7 +228,7 @@ def _notes(model: BaseLayers, chosen: Sequence[Layer], ranks: Sequence[int]) -> 
         notes.append(f"PEFT saves the base weight of {', '.join(saved)} beside the factors; it is not counted")
     if model.ignored:
         notes.append(
-            f"{len(model.ignored)} weights for predicting several tokens at once, such as {model.ignored[0]}, are not "
-            "counted: transformers does not load them"
+            f"{count(len(model.ignored), 'weight')} for predicting several tokens at once, such as {model.ignored[0]}: "
+            "not counted, since transformers does not load that"
         )
     return notes

@@ -83,13 +83,13 @@ def plain(
     kept = {name: weight for name, weight in adapter.full_weights.items() if name not in behind}
     adapter = replace(adapter, full_weights=kept, metadata=_metadata(adapter))
     adapter, decomposed = _decomposed(adapter, max_rank, base_weight)
-    meant, adapter = adapter, _joined(adapter)
+    meant, adapter = adapter, joined(adapter)
     adapter, truncation = _truncated(adapter, max_rank, allow_nonfinite)
     rank = _rank(adapter, max_rank, least_rank, multiple)
     padded = sum(module.nominal_rank < rank for module in adapter.modules)
     adapter = adapter.map_modules(lambda module: _direct(_padded(module, rank)))
     adapter = rescale(adapter, float(rank), allow_nonfinite=allow_nonfinite)
-    zeros = tuple(_zeros(module, rank) for module in fill)
+    zeros = tuple(hollow(module, rank) for module in fill)
     return Plain(
         adapter=replace(adapter, modules=(*adapter.modules, *zeros)),
         meant=meant,
@@ -123,7 +123,7 @@ def _decomposed(
     return adapter.map_modules(lambda module: made[module.target].module if module.target in made else module), done
 
 
-def _joined(adapter: Adapter) -> Adapter:
+def joined(adapter: Adapter) -> Adapter:
     """Slots of a fused projection as modules of the whole weight."""
     if not any(module.target.rows for module in adapter.modules):
         return adapter
@@ -166,7 +166,7 @@ def _direct(module: LoraModule) -> LoraModule:
     return replace(module, alpha=module.scaling, scale_rule=ScaleRule.DIRECT)
 
 
-def _zeros(like: LoraModule, rank: int) -> LoraModule:
+def hollow(like: LoraModule, rank: int = 1) -> LoraModule:
     """A module that adds nothing, with the target and the shapes of this one."""
     experts = like.lora_A.shape[:-2]
     inner = rank * like.kernel_fold

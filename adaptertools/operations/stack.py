@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from adaptertools.adapter import Adapter, HistoryEntry, LoraModule, expect_adapter, merge_notes
-from adaptertools.errors import OptionError
+from adaptertools.errors import OptionError, count
 from adaptertools.linalg import parse_device
 from adaptertools.operations.agree import Agreement, Source, agree
 from adaptertools.operations.combine import Combined, Rule, combine
@@ -265,12 +265,13 @@ def _notes(sources: Sequence[Source], combined: Sequence[Combined]) -> list[str]
     if small := [one for one in summed if one.error.delta > _CANCELLATION * one.error.element]:
         most = max(small, key=lambda one: one.error.delta)
         notes.append(
-            f"the sources nearly cancel one another in {len(small)} modules: beside what is left, the rounding of the "
-            f"factors is large, in {most.module.target} {most.error.delta:.2g} of its norm"
+            f"the sources nearly cancel one another in {count(len(small), 'module')}: beside what is left, the "
+            f"rounding of the factors is large, in {most.module.target} {most.error.delta:.2g} of its norm"
         )
     if remade := [one for one in combined if one.capped_from]:
+        full = count(len(remade), "module", ("has", "have"))
         notes.append(
-            f"{len(remade)} modules have the full rank of their weight, as the ranks of the sources add up to more: "
+            f"{full} the full rank of the weight, as the ranks of the sources add up to more: "
             f"{remade[0].module.target} {remade[0].module.nominal_rank} instead of {remade[0].capped_from}"
         )
     return notes

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from adaptertools.adapter import Adapter, Feature, HistoryEntry, merge_notes
+from adaptertools.errors import count
 from adaptertools.operations.families import Spectra
 from adaptertools.operations.rank_rule import RankRule
 from adaptertools.operations.ranks import energy_kept, kept_and_lost
@@ -153,14 +154,15 @@ def _notes(spectra: Spectra, ranks: Sequence[int], result: Truncation, rule: Ran
                 f"{kept[least]:.4g}"
             )
     if spectra.carried:
+        kept_whole = count(len(spectra.carried), "module", ("is", "are"))
         yield (
-            f"NaN or infinity in {spectra.carried[0].target}: {len(spectra.carried)} modules are kept bit for bit, and "
-            "energies and errors leave them out"
+            f"NaN or infinity in {spectra.carried[0].target}: {kept_whole} kept bit for bit, and energies and errors "
+            "leave that out"
         )
     if dora := result.adapter.holders(Feature.DORA):
         yield (
-            f"DoRA in {len(dora)} modules: the direction was truncated and the magnitude kept; energies and errors are "
-            "those of the direction"
+            f"DoRA in {count(len(dora), 'module')}: the direction was truncated and the magnitude kept; energies and "
+            "errors are those of the direction"
         )
 
 

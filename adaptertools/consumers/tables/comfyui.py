@@ -9,6 +9,7 @@ from adaptertools.consumers.conditions import (
     changed_base,
     heads_but,
     holds,
+    misshapen,
     rank_over_cap,
     scaling_beside_keys,
     unmatched,
@@ -43,5 +44,6 @@ CONSUMER = Consumer(
         Rule("aLoRA", holds(Feature.ALORA), CHANGES, "the adapter would act on every token", _LORA),
         Rule("changed base", changed_base(), CHANGES, "added to the unchanged base", _LORA),
         Rule("names in the base", unmatched, CHANGES, "key not loaded", _LORA),
+        Rule("sizes in the base", misshapen, CHANGES, "of another size there: left out, with an error", _ADAPTER),
     ),
 )

@@ -10,7 +10,7 @@ from adaptertools.consumers.conditions import (
     changed_base,
     heads_but,
     holds,
-    keys_ending,
+    misshapen,
     mixed_ranks,
     rank_over_cap,
     unmatched,
@@ -59,7 +59,7 @@ CONSUMER = Consumer(
         ),
         Rule(
             "DoRA of kohya",
-            keys_ending(".dora_scale"),
+            holds(Feature.DORA),
             CHANGES,
             "left out with a warning, so the direction is added alone",
             _CONVERSION,
@@ -71,5 +71,6 @@ CONSUMER = Consumer(
         Rule("aLoRA", holds(Feature.ALORA), CHANGES, "the adapter would act on every token", _PIPELINE),
         Rule("changed base", changed_base(), CHANGES, "added to the unchanged base", _PIPELINE),
         Rule("names in the base", unmatched, FAILS, "no such module to adapt", _PIPELINE),
+        Rule("sizes in the base", misshapen, FAILS, "of another size there, so it is refused", _PIPELINE),
     ),
 )

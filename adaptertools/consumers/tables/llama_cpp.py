@@ -10,6 +10,7 @@ from adaptertools.consumers.conditions import (
     changed_base,
     heads_but,
     holds,
+    misshapen,
     opaque_unless,
     rank_over_cap,
     tied_modules,
@@ -42,5 +43,6 @@ CONSUMER = Consumer(
         Rule("convolutions", holds(Feature.CONV), FAILS, "only matrices are adapted", _ADAPTER),
         Rule("module names", opaque_unless("gguf"), FAILS, "no tensor of the base is called so", _ADAPTER),
         Rule("names in the base", unmatched, FAILS, "no such tensor, so the adapter is refused", _ADAPTER),
+        Rule("sizes in the base", misshapen, FAILS, "of another size there, so the adapter is refused", _ADAPTER),
     ),
 )

@@ -13,6 +13,7 @@ from adaptertools.consumers.conditions import (
     files_but,
     heads_but,
     holds,
+    misshapen,
     missing_layers,
     mixed_ranks_in_layer_type,
     opaque,
@@ -76,5 +77,6 @@ CONSUMER = Consumer(
         Rule("architecture", untold, UNCHECKED, _FAMILY, _LORA),
         Rule("module names", opaque, CHANGES, "left out with a warning: no module path of the model", _LORA),
         Rule("names in the base", unmatched, CHANGES, "left out with a warning: no such module", _LORA),
+        Rule("sizes in the base", misshapen, FAILS, "of another size there", _LORA),
     ),
 )

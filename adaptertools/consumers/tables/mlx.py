@@ -12,6 +12,7 @@ from adaptertools.consumers.conditions import (
     files_but,
     heads_but,
     holds,
+    misshapen,
     mlx_left_out,
     mlx_rank,
     names_of_gpt2,
@@ -61,5 +62,6 @@ CONSUMER = Consumer(
         Rule("module names", opaque_unless("mlx"), FAILS, "no module path of the model", _UTILS),
         Rule("names of GPT-2", names_of_gpt2, FAILS, _GPT2, _GPT2_MODEL),
         Rule("names in the base", unmatched, FAILS, "no such module, so the tensor is refused", _UTILS),
+        Rule("sizes in the base", misshapen, FAILS, "of another size there: its product has no place", _LORA),
     ),
 )

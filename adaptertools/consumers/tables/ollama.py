@@ -12,6 +12,7 @@ from adaptertools.consumers.conditions import (
     changed_base,
     heads_but,
     holds,
+    misshapen,
     mixed_ranks,
     model_type_but,
     modules_named,
@@ -81,5 +82,6 @@ CONSUMER = Consumer(
         Rule("convolutions", holds(Feature.CONV), FAILS, "only matrices are adapted", _RUNNER),
         Rule("module names", opaque_unless("gguf"), FAILS, "no tensor of the base is called so", _RUNNER),
         Rule("names in the base", unmatched, FAILS, "no such tensor, so the adapter is refused", _RUNNER),
+        Rule("sizes in the base", misshapen, FAILS, "of another size there, so the adapter is refused", _RUNNER),
     ),
 )

@@ -12,6 +12,7 @@ from adaptertools.consumers.conditions import (
     fields_missing,
     heads_but,
     holds,
+    misshapen,
     missing_layers,
     opaque,
     rank_over_cap,
@@ -80,5 +81,6 @@ CONSUMER = Consumer(
         Rule("architecture", untold, UNCHECKED, _FAMILY, _MANAGER),
         Rule("module names", opaque, CHANGES, "skipped with a warning: no module path of the model", _POOL),
         Rule("names in the base", unmatched, CHANGES, "skipped with a warning: no such module", _POOL),
+        Rule("sizes in the base", misshapen, FAILS, "of another size there: its buffer does not take it", _POOL),
     ),
 )

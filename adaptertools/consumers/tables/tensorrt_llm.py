@@ -13,6 +13,7 @@ from adaptertools.consumers.conditions import (
     files_but,
     heads_but,
     holds,
+    misshapen,
     modules_but,
     modules_named,
     opaque,
@@ -76,5 +77,6 @@ CONSUMER = Consumer(
         Rule("architecture", untold, UNCHECKED, _FAMILY, _MANAGER),
         Rule("module names", opaque, FAILS, "no module path of the model", _MANAGER),
         Rule("names in the base", unmatched, CHANGES, "no layer takes them", _MANAGER),
+        Rule("sizes in the base", misshapen, FAILS, "of another size there", _MANAGER),
     ),
 )

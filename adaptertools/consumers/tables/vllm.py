@@ -15,6 +15,7 @@ from adaptertools.consumers.conditions import (
     files_but,
     heads_but,
     holds,
+    misshapen,
     opaque,
     rank_over_cap,
     ranks_unlike_r,
@@ -88,5 +89,6 @@ CONSUMER = Consumer(
         Rule("architecture", untold, UNCHECKED, _FAMILY, "vllm/model_executor/models/interfaces.py"),
         Rule("module names", opaque, FAILS, "no module path of the model", _MODEL),
         Rule("names in the base", unmatched, FAILS, "no such module, so the adapter is refused", _MODEL),
+        Rule("sizes in the base", misshapen, FAILS, "of another size there: refused, or a part is changed", _MODEL),
     ),
 )

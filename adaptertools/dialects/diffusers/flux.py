@@ -18,7 +18,9 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+from adaptertools.dialects.diffusers import sgm
 from adaptertools.dialects.diffusers.projections import joined, split, with_halves_swapped
+from adaptertools.dialects.diffusers.text_encoders import unflattened
 from adaptertools.encoding import Encoder
 from adaptertools.errors import UnsupportedFeatureError
 from adaptertools.module import LoraModule, RowSlice, Target
@@ -84,9 +86,6 @@ NATIVE_NAMES = {part: (native, index) for native, parts in DIFFUSERS_NAMES.items
 _FLAT_NAMES = {native.replace(".", "_"): native for native in DIFFUSERS_NAMES}
 _FLAT_HOMES = ("", "unet", TRANSFORMER)
 """The components that kohya's prefix may have been taken for."""
-_FLAT_CLIP = re.compile(
-    r"text_model_encoder_layers_(?P<layer>\d+)_(?P<home>self_attn|mlp)_(?P<name>[qkv]_proj|out_proj|fc[12])"
-)
 _CERTAIN_FLAT = re.compile(r"(double|single)_blocks_\d+_.+")
 _CERTAIN_NATIVE = re.compile(r"double_blocks\.\d+\..+|single_blocks\.\d+\..+")
 _CERTAIN_DIFFUSERS = re.compile(r"single_transformer_blocks\.\d+\..+")
@@ -121,16 +120,9 @@ def unflatten(modules: Sequence[LoraModule]) -> list[LoraModule]:
 
 
 def _unflattened(target: Target) -> Target:
-    if not target.opaque:
-        return target
-    if target.component in _FLAT_HOMES:
+    if target.opaque and target.component in _FLAT_HOMES:
         return replace(target, parameter=_FLAT_NAMES[target.parameter], component=TRANSFORMER, opaque=False)
-    found = _FLAT_CLIP.fullmatch(target.parameter) if target.component == "text_encoder" else None
-    if found is None:
-        return target
-    return replace(
-        target, parameter="text_model.encoder.layers.{layer}.{home}.{name}".format(**found.groupdict()), opaque=False
-    )
+    return unflattened(target)
 
 
 def to_diffusers(modules: Iterable[LoraModule]) -> list[LoraModule]:
@@ -176,7 +168,7 @@ def fused(modules: Sequence[LoraModule], encoder: Encoder, *, certain: bool = Tr
 def comparable(
     one: Sequence[LoraModule], other: Sequence[LoraModule]
 ) -> tuple[tuple[LoraModule, ...], tuple[LoraModule, ...]]:
-    """The modules of two adapters for Flux under the same names; as they are where they have those already.
+    """The modules of two adapters for Flux, or the U-Net of SDXL, under the same names; else as they are.
 
     Those of diffusers where both then have the same layers, so that parts which are equal meet as equals; else the
     published ones, in which a part that is not there is a part of zeros.
@@ -185,6 +177,7 @@ def comparable(
     """
     namings = {_naming(one), _naming(other)}
     if len(namings) == 1 or None in namings:
+        one, other = sgm.comparable(one, other)
         return tuple(one), tuple(other)
     both = [[_at_home(module) for module in unflatten(modules)] for modules in (one, other)]
     layers = [to_diffusers(modules) for modules in both]

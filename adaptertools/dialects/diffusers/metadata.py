@@ -23,11 +23,13 @@ from adaptertools.dialects.peft.factors import Layer, settle_alpha
 from adaptertools.dialects.peft.keys import MAGNITUDE, Group
 from adaptertools.dialects.peft.patterns import anchored
 from adaptertools.encoding import Encoder
-from adaptertools.errors import ConfigError, ShapeError
+from adaptertools.errors import ConfigError, ShapeError, count
 from adaptertools.module import ScaleRule
 from adaptertools.tensors import natural_order
 
 KEY = "lora_adapter_metadata"
+
+_FURTHER = ("auto_mapping", "init_lora_weights", "lora_dropout", "megatron_config", "megatron_core", "task_type")
 
 _DEFAULT_RANK = 8
 """r and lora_alpha of a LoraConfig that is told neither."""
@@ -71,6 +73,14 @@ def component_config(
     return config
 
 
+def further_fields(config: PeftConfig) -> dict[str, Any]:
+    """What the metadata of a component says beyond the adapter model, where that is not what PEFT says by itself."""
+    said = {key: value for key, value in config.carried().items() if key in _FURTHER}
+    if said.get("init_lora_weights") not in (False, "gaussian"):  # others count for training alone, or change the base
+        said.pop("init_lora_weights", None)
+    return {key: value for key, value in said.items() if value != peft_config.DEFAULTS[key]}
+
+
 def _rank(group: Group) -> int | None:
     lora_A = group.tensors.get("lora_A")
     return lora_A.shape[0] if lora_A is not None and lora_A.ndim > 1 else None
@@ -96,8 +106,8 @@ def _inferred(contents: Contents, label: str) -> PeftConfig:
     without = sorted(ranks.keys() - alphas.keys(), key=natural_order)
     if alphas and without:
         config.notes.append(
-            f"{label}: {len(without)} modules have no alpha, such as {without[0]}, and are read with scaling 1; "
-            "diffusers gives them the alpha that most others have"
+            f"{label}: {count(len(without), 'module', ('has', 'have'))} no alpha, such as {without[0]}: the scaling is "
+            "1; diffusers takes the alpha that most others have"
         )
     return config
 

@@ -11,7 +11,7 @@ from adaptertools.dialects.diffusers.metadata import component_fields, layer_alp
 from adaptertools.dialects.peft.factors import Layer, layers
 from adaptertools.dialects.peft.keys import MAGNITUDE
 from adaptertools.encoding import Encoder
-from adaptertools.errors import UnsupportedFeatureError
+from adaptertools.errors import UnsupportedFeatureError, count
 from adaptertools.module import LoraModule, ScaleRule
 from adaptertools.names import join, leaf
 from adaptertools.tensors import Deferred, combine
@@ -45,7 +45,8 @@ def component_tensors(
     fused = list(dict.fromkeys(module.target.parameter for module in modules if module.target.rows))
     notes: tuple[str, ...] = ()
     if fused:
-        notes = (f"the slices of {len(fused)} fused projections became one pair of factors each: {few(fused)}",)
+        projections = count(len(fused), "fused projection")
+        notes = (f"the slices of {projections} became one pair of factors each: {few(fused)}",)
     if scale == "metadata":
         rule = _rule(modules)
         made = layers(modules, encoder, rule, conv)

@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from adaptertools.adapter import Adapter, LoraModule, Origin, ScaleRule, Target, merge_notes
-from adaptertools.containers.history import read_history
+from adaptertools.containers.history import read_history, unread_entries
 from adaptertools.containers.source import Source
+from adaptertools.containers.tensorfile import TensorFile
 from adaptertools.dialects.flax import source as flax_source
 from adaptertools.dialects.flax.layout import Factors, Scan, join_halves, unpack
 from adaptertools.dialects.flax.names import (
@@ -26,7 +27,7 @@ from adaptertools.dialects.flax.pack import unfold
 from adaptertools.dialects.flax.scale import Scale, foreign_scale
 from adaptertools.dialects.flax.sidecar import Record, Sidecar
 from adaptertools.dialects.flax.tree import Dialect, Pair, pairs
-from adaptertools.errors import OptionError, ShapeError, UnsupportedFeatureError
+from adaptertools.errors import OptionError, ShapeError, UnsupportedFeatureError, count
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +73,9 @@ def read(source: Source, request: Request) -> Adapter:
         bases=sidecar.bases if sidecar else {},
         history=read_history(found.file.metadata, sidecar.document if sidecar else None),
         metadata=sidecar.metadata if sidecar else {},
-        notes=merge_notes(notes, scale.notes if scale else (), _notes(plan, sidecar, modules, possible)),
+        notes=merge_notes(
+            notes, _header_notes(found.file), scale.notes if scale else (), _notes(plan, sidecar, modules, possible)
+        ),
         origin=Origin(
             format=request.format,
             container=found.file.container,
@@ -82,6 +85,10 @@ def read(source: Source, request: Request) -> Adapter:
             options=_writer_options(plan, leaves, unpacked),
         ),
     )
+
+
+def _header_notes(file: TensorFile) -> list[str]:
+    return unread_entries(file.metadata, "Flax") if file.container == "safetensors" else []
 
 
 def _plan(request: Request, sidecar: Sidecar | None, leaves: list[Pair]) -> _Plan:
@@ -188,8 +195,8 @@ def _notes(plan: _Plan, sidecar: Sidecar | None, modules: list[LoraModule], poss
         stated = sum(module.scale_rule is ScaleRule.DIRECT for module in modules)
         if stated and sidecar.document.get("scaling") != "none":
             notes.append(
-                f"the scale of {stated} modules was folded into lora_B with rounding, which cannot be undone: they "
-                f"keep lora_B as stored. Before it was folded, lora_alpha was {sidecar.document.get('lora_alpha')}"
+                f"the scale of {count(stated, 'module')} was folded into lora_B with rounding, which cannot be undone: "
+                f"they keep lora_B as stored. Before it was folded, lora_alpha was {sidecar.document.get('lora_alpha')}"
             )
     return notes
 

@@ -11,7 +11,7 @@ from adaptertools.containers.tensorfile import TensorFile
 from adaptertools.dialects.flax import sidecar as flax_sidecar
 from adaptertools.dialects.flax.sidecar import Sidecar
 from adaptertools.dialects.flax.tree import Dialect, certain, recognise
-from adaptertools.errors import AmbiguousFormatError, ConfigError, FileError, UnknownFormatError
+from adaptertools.errors import AmbiguousFormatError, ConfigError, FileError, UnknownFormatError, count
 
 CONTAINERS = ("msgpack", "npz", "safetensors", "orbax")
 _MEMORY = "memory"
@@ -59,7 +59,8 @@ def find(source: Source, dialects: Collection[Dialect], name: str) -> Found:
     dialect = sidecar.dialect if sidecar else recognise(file)
     if dialect is None:
         raise UnknownFormatError(
-            f"{file.label}: none of its {len(file.tensors)} tensors is a LoRA factor as Flax libraries name them"
+            f"{file.label}: none of its {count(len(file.tensors), 'tensor')} is a LoRA factor as Flax's libraries name "
+            "them"
         )
     if dialect in (Dialect.NNX, Dialect.LINEN) and not sidecar and not certain(file):
         _refuse_mlx(source, file, candidates[0])

@@ -20,7 +20,13 @@ from enum import StrEnum
 from torch import Tensor
 
 from adaptertools.containers.tensorfile import TensorFile
-from adaptertools.errors import DuplicateTargetError, UnclaimedTensorError, UnpairedFactorError, UnsupportedFeatureError
+from adaptertools.errors import (
+    DuplicateTargetError,
+    UnclaimedTensorError,
+    UnpairedFactorError,
+    UnsupportedFeatureError,
+    count,
+)
 from adaptertools.tensors import natural_order
 
 Path = tuple[str, ...]
@@ -177,7 +183,7 @@ def pairs(file: TensorFile, dialect: Dialect, *, own: bool, ignore_other: bool) 
     if other and not ignore_other:
         raise UnclaimedTensorError(_unclaimed(file.label, other, dialect))
     found = [_pair(file, path, weight, half) for (path, weight), half in halves.items()]
-    return found, (*_count(optimizer, "of the optimizer"), *_count(len(other), "that are no LoRA factors"))
+    return found, (*_left_aside(optimizer, "of the optimizer"), *_left_aside(len(other), "that are no LoRA factors"))
 
 
 def _factor(path: Path, dialect: Dialect, own: bool) -> tuple[Path, str, str] | None:
@@ -228,5 +234,5 @@ def _unclaimed(label: str, names: Sequence[str], dialect: Dialect) -> str:
     )
 
 
-def _count(count: int, what: str) -> Iterable[str]:
-    return (f"{count} tensors {what} were left aside",) if count else ()
+def _left_aside(number: int, what: str) -> Iterable[str]:
+    return (f"left aside: {count(number, 'tensor')} {what}",) if number else ()

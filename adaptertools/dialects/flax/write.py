@@ -28,7 +28,7 @@ from adaptertools.dialects.flax.pack import Packed, Part, Stack, pack
 from adaptertools.dialects.flax.sidecar import Record
 from adaptertools.dialects.flax.tree import Dialect
 from adaptertools.encoding import Encoder
-from adaptertools.errors import DuplicateTargetError, OptionError, UnsupportedFeatureError
+from adaptertools.errors import DuplicateTargetError, OptionError, UnsupportedFeatureError, count
 from adaptertools.names import join
 from adaptertools.tensors import Deferred, dtype_name, natural_order
 
@@ -174,8 +174,8 @@ def _stack(
             for slot, part in places.items()
         }
     taken = Counter((part.layer, part.place) for part in parts)
-    for slot, count in taken.items():
-        if count > 1:
+    for slot, times in taken.items():
+        if times > 1:
             raise DuplicateTargetError(f"two modules would stand at {names[slot]}")
     return Stack(
         path=path,
@@ -241,9 +241,8 @@ def _lora_rules(packs: Sequence[tuple[Stack, Packed]]) -> list[str]:
 
 
 def _filled(packs: Sequence[tuple[Stack, Packed]]) -> list[str]:
-    count = sum(record.absent for _, packed in packs for record in packed.records.values())
-    return (
-        [f"{count} modules that the adapter does not change share a leaf with others and are zero there"]
-        if count
-        else []
-    )
+    absent = sum(record.absent for _, packed in packs for record in packed.records.values())
+    if not absent:
+        return []
+    shared = count(absent, "module", ("shares", "share"))
+    return [f"{shared} a leaf with others, is not changed by the adapter, and is zero there"]

@@ -5,12 +5,14 @@ turned back only where a base model has exactly one that is flattened to it, and
 where the file itself says from which name it was made.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from adaptertools.adapter import Adapter, Target
+from adaptertools.containers.checkpoint import Checkpoint
 from adaptertools.containers.pipeline import Model, Pipeline
-from adaptertools.errors import ConfigError, MatchError, UnsupportedFeatureError
+from adaptertools.errors import ConfigError, MatchError, OptionError, UnsupportedFeatureError, count
 from adaptertools.module import LoraModule
 
 COMPONENTS: Mapping[str, tuple[str, ...]] = {
@@ -27,6 +29,13 @@ _BARE = "lycoris_"
 """What LyCORIS puts in front of the names of a model of any kind."""
 
 _DEFAULT = "lora_unet_"
+
+_DENOISER = re.compile(
+    r"(down_blocks|mid_block|up_blocks|input_blocks|middle_block|output_blocks|transformer_blocks"
+    r"|single_transformer_blocks|double_blocks|single_blocks|joint_blocks)\..+"
+)
+_CLIP = re.compile(r"text_model\.encoder\.layers\..+")
+"""Names that tell what model they belong to where the adapter names none."""
 
 _UNNUMBERED = frozenset({"unet", "text_encoder", ""})
 """The models of Stable Diffusion 1 and 2, whose one text encoder has no number."""
@@ -84,11 +93,17 @@ class Names:
     def target(self, name: str, shape: tuple[int, ...]) -> tuple[Target, tuple[int, ...] | None]:
         """What a flat name means, for a weight of this shape; and the shape that the base model's weight has.
 
-        Raises: MatchError where several names of the base model fit
+        Raises: MatchError where several names of the base model fit; OptionError for a base without names
         """
         if name in self.recorded:
             component, parameter = self.recorded[name]
             return Target(parameter=parameter, component=component), None
+        if isinstance(self.base, Checkpoint) and not self.base.shapes:
+            raise OptionError(
+                f"{name}: a flat name is turned back by the names of the base model's weights, and {self.base.label} "
+                "has a config.json alone. Give the folder with its weights, whose headers are enough; without --base "
+                "the name stays flat"
+            )
         prefix = prefix_of(name)
         rest = name.removeprefix(prefix or _BARE)
         for component in self._components(prefix):
@@ -110,7 +125,7 @@ class Names:
         """How many names could not be turned back."""
         if self.missed:
             few = ", ".join(self.missed[:3]) + (" …" if len(self.missed) > 3 else "")
-            yield f"the base model has no weight of that name and shape for {len(self.missed)} modules: {few}"
+            yield f"the base model has no weight of that name and shape for {count(len(self.missed), 'module')}: {few}"
 
     def _components(self, prefix: str) -> Sequence[str]:
         """The components that a name with this prefix is looked for in."""
@@ -191,7 +206,7 @@ def flat_names(
         if target.opaque and not target.component:
             name = target.parameter
         else:
-            name = _prefix(target.component, known, prefix) + _flat(target.parameter, target.component)
+            name = _prefix(target, known, prefix) + _flat(target.parameter, target.component)
         if "." in name:
             raise UnsupportedFeatureError(f"{target}: a name of kohya's has no dot; change it with --rename")
         if name in named:
@@ -203,13 +218,34 @@ def flat_names(
     return named
 
 
-def _prefix(component: str, known: Mapping[str, str], prefix: str | None) -> str:
+def prefix_notes(named: Mapping[str, LoraModule], prefix: str | None) -> Iterator[str]:
+    """What stands in front of the names of modules of no named model, where it was chosen here."""
+    if prefix:
+        return
+    nameless = {n: m.target for n, m in named.items() if not m.target.component and not m.target.opaque}
+    clip = [name for name, target in nameless.items() if _CLIP.fullmatch(target.parameter)]
+    other = [t for n, t in nameless.items() if n not in clip and not _DENOISER.fullmatch(t.parameter)]
+    if other:
+        yield (
+            f"the adapter names no model: {other[0]} and the like are written behind {_DEFAULT}, kohya's prefix for "
+            "the UNet or transformer that denoises. kohya has none for language models. prefix=… (--out prefix=…) "
+            "chooses another"
+        )
+    if clip:
+        yield (
+            f"the adapter names no model: by their names, {nameless[clip[0]]} and the like are of a text encoder and "
+            f"are written behind {prefix_of(clip[0])}. prefix=… (--out prefix=…) chooses another, such as lora_te1_"
+        )
+
+
+def _prefix(target: Target, known: Mapping[str, str], prefix: str | None) -> str:
+    component = target.component
     if prefix and not component.startswith("text_encoder"):
         return prefix
     if known.get(component):
         return known[component]
     if not component:
-        return _DEFAULT
+        return known["text_encoder"] if _CLIP.fullmatch(target.parameter) else _DEFAULT
     found = next((prefix for prefix, meant in COMPONENTS.items() if component in meant), None)
     if found is None:
         raise UnsupportedFeatureError(

@@ -5,14 +5,14 @@ from dataclasses import replace
 
 from adaptertools.adapter import Adapter, Origin, merge_notes
 from adaptertools.containers import sidecar
-from adaptertools.containers.history import read_history
+from adaptertools.containers.history import read_history, read_settings
 from adaptertools.containers.pipeline import Model
 from adaptertools.containers.source import Source
 from adaptertools.dialects.kohya import header
 from adaptertools.dialects.kohya.factors import Pair, Rounding, magnitude, module_of
 from adaptertools.dialects.kohya.keys import ALPHA, DORA, LOHA, LOKR, LORA, Group, groups, other_method
 from adaptertools.dialects.kohya.names import Names, prefixes_of
-from adaptertools.errors import AdapterToolsError, NotLoraError, UnclaimedTensorError
+from adaptertools.errors import AdapterToolsError, NotLoraError, UnclaimedTensorError, count
 from adaptertools.module import LoraModule
 from adaptertools.tensors import dtype_name, natural_order
 
@@ -59,7 +59,7 @@ def read_adapter(
         modules=tuple(sorted(modules.values(), key=lambda module: natural_order(str(module.target)))),
         bases=bases,
         history=read_history(metadata),
-        metadata={"kohya": carried},
+        metadata={**read_settings(metadata), "kohya": carried},
         notes=merge_notes(names.notes(), _alpha_notes(found.values()), _rounding_notes(rounding), ignored),
         origin=Origin(format=format, container=file.container, label=source.label, path=source.path, name=source.name),
     )
@@ -91,7 +91,11 @@ def _sorted_out(label: str, found: Mapping[str, Group], ignore: bool) -> tuple[d
         parts = {part: tensor for part, tensor in group.parts.items() if part not in methods}
         if not methods or (LORA | LOHA | LOKR).intersection(parts):
             kept[group.name] = Group(group.name, parts)
-    return kept, [f"left out, as asked for: {len(left)} tensors of other methods, such as {left[0]}"] if left else []
+    return kept, [_left_out(left)] if left else []
+
+
+def _left_out(tensors: list[str]) -> str:
+    return f"left out, as asked for: {count(len(tensors), 'tensor')} of other methods, such as {tensors[0]}"
 
 
 def _check_claimed(label: str, found: Mapping[str, Group], others: Iterable[str], claimed: frozenset[str]) -> None:
@@ -130,11 +134,13 @@ def _alpha_notes(found: Iterable[Group]) -> Iterable[str]:
     lacking = [group.name for group in found if ALPHA not in group.parts]
     if lacking:
         few = lacking[0] + (" …" if len(lacking) > 1 else "")
-        yield f"{len(lacking)} modules have no alpha, which is then their rank, so that the scaling is 1: {few}"
+        without = count(len(lacking), "module", ("has", "have"))
+        yield f"{without} no alpha, which is then the rank, so that the scaling is 1: {few}"
 
 
 def _rounding_notes(rounding: Rounding) -> Iterable[str]:
     if rounding.computed:
-        rounded = f"{rounding.rounded} of their factors were rounded to float32, by {rounding.worst:.1e} at most"
+        some = count(rounding.rounded, "factor", ("was", "were"))
+        rounded = f"{some} rounded to float32, by {rounding.worst:.1e} at most"
         lost = rounded if rounding.rounded else "without a loss"
-        yield f"the factors of {rounding.computed} modules were computed: {lost}"
+        yield f"the factors of {count(rounding.computed, 'module')} were computed: {lost}"

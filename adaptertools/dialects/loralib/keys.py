@@ -15,6 +15,7 @@ from adaptertools.errors import (
     UnclaimedTensorError,
     UnknownFormatError,
     UnpairedFactorError,
+    count,
 )
 from adaptertools.names import STATE_DICT_KEYS, strip_wrappers
 
@@ -143,7 +144,7 @@ def sort_keys(file: TensorFile, *, keep_names: bool) -> Keys:
                 f"{file.label}: {layer}.lora_{side} stands alone, {layer}.lora_{missing} is not in the file. "
                 "It was saved or cut incompletely: save it again with lora_state_dict(model)"
             )
-    notes = (f"{len(aside)} tensors of the training state were left aside, such as {aside[0]}",) if aside else ()
+    notes = (f"left aside: {count(len(aside), 'tensor')} of the training state, such as {aside[0]}",) if aside else ()
     return Keys(
         pairs={layer: (sides["A"], sides["B"]) for layer, sides in factors.items()}, weights=weights, notes=notes
     )

@@ -173,9 +173,11 @@ def _metadata(raw: Mapping[str, Any], parameters: Mapping[str, Any], label: str,
     """What is kept for writing the configuration again; of one that is PEFT's as well, the arguments of mlx-lm."""
     kept: dict[str, Any] = {key: value for key, value in raw.items() if key not in _STRUCTURE}
     if raw.get("peft_type") is not None:
+        if rest := sorted(kept.keys() - _ARGUMENTS):
+            notes.append(f"{label} is PEFT's too: {len(rest)} of its keys are left to that adapter, such as {rest[0]}")
         kept = {key: value for key, value in kept.items() if key in _ARGUMENTS}
-    if rest := {key: value for key, value in parameters.items() if key not in _PARAMETERS}:
-        kept["lora_parameters"] = rest
+    if beside := {key: value for key, value in parameters.items() if key not in _PARAMETERS}:
+        kept["lora_parameters"] = beside
     for key in list(kept):
         try:
             json.dumps(kept[key], allow_nan=False)

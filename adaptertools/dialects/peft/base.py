@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
+from adaptertools.errors import count
 from adaptertools.module import LoraModule
 
 CONV1D_TYPES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
@@ -85,9 +86,11 @@ class BaseModel:
             elif found != wanted:
                 other.append(f"{name} in shape {found}, the adapter is for {wanted}")
         if absent:
-            yield f"the base model lacks {len(absent)} parameters that the adapter changes, such as {absent[0]}"
+            lacking = count(len(absent), "parameter")
+            yield f"the base model lacks {lacking} that the adapter changes, such as {absent[0]}"
         if other:
-            yield f"{len(other)} parameters of the base model do not fit: it has {other[0]}"
+            unfit = count(len(other), "parameter", ("does", "do"))
+            yield f"of the base model {unfit} not fit: it has {other[0]}"
 
     def linear_is_transposed(self, parameter: str, out_features: int, in_features: int) -> bool | None:
         """Whether a linear weight is stored (in, out); None where nothing tells."""

@@ -90,6 +90,16 @@ CARRIED = (
 )
 """Fields that say more than the adapter model holds; they go along in its metadata."""
 
+_TRAINING = (
+    "eva_config",
+    "exclude_modules",
+    "layers_pattern",
+    "layers_to_transform",
+    "monteclora_config",
+    "velora_config",
+)
+"""Fields that say how an adapter was set up or trained; the tensors are what became of them."""
+
 _HEADS = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
@@ -98,7 +108,8 @@ _HEADS = {
 """What PEFT adds to modules_to_save by itself."""
 
 _CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
-_KEEPS_BASE = ("gaussian", "eva", "orthogonal", "mica", "true", "false")
+_STARTS = ("eva", "orthogonal", "mica")
+_KEEPS_BASE = ("gaussian", *_STARTS, "true", "false")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,6 +221,8 @@ def parse(document: Mapping[str, Any] | None, label: str, alpha: float | None) -
         unknown = sorted(raw.keys() - DEFAULTS.keys() - _FORMER)
         if unknown:
             notes.append(f"{label}: unknown keys {', '.join(unknown)}; they are not used")
+        if training := [key for key in _TRAINING if raw.get(key) not in (None, [], {})] + _started_apart(raw):
+            notes.append(f"{label}: {', '.join(training)} counted for training alone and are not kept")
     config = PeftConfig(
         raw=raw,
         label=label,
@@ -247,6 +260,11 @@ def _check_variants(raw: Mapping[str, Any], label: str) -> None:
                 f"{label}: {key} is {raw[key]!r:.40}, a variant of LoRA that is not known here; "
                 "its tensors cannot be trusted to mean B·A"
             )
+
+
+def _started_apart(raw: Mapping[str, Any]) -> list[str]:
+    """init_lora_weights where all that it says is how the factors were drawn that training began with."""
+    return ["init_lora_weights"] if str(raw.get("init_lora_weights")).lower() in _STARTS else []
 
 
 def _settle_alpha(raw: Mapping[str, Any], label: str, given: float | None, notes: list[str]) -> float | None:

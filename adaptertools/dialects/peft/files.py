@@ -17,6 +17,7 @@ from adaptertools.errors import (
     DuplicateTargetError,
     FileError,
     SourceNotFoundError,
+    count,
 )
 
 STEM = "adapter_model"
@@ -129,7 +130,7 @@ def compare_variants(source: Source, adapter_name: str | None = None) -> tuple[s
         return (f"{' and '.join(names)} cannot be compared: {error}",)
     if not found:
         return (f"{' and '.join(names)} hold the same tensors, bit by bit",)
-    return (f"{' and '.join(names)} differ in {len(found)} tensors, of which one is {found[0]}",)
+    return (f"{' and '.join(names)} differ in {count(len(found), 'tensor')}, of which one is {found[0]}",)
 
 
 def is_adapter_folder(source: Source) -> bool:

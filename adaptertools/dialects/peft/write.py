@@ -132,7 +132,8 @@ def build_config(
     carried = adapter.metadata.get("peft", {})
     config = {**DEFAULTS, "peft_version": PEFT_VERSION}
     config |= {key: carried[key] for key in ("auto_mapping", "task_type") if key in carried}
-    config |= {key: carried[key] for key in ("lora_dropout", "megatron_config", "megatron_core") if key in carried}
+    config["lora_dropout"] = _dropout(adapter)
+    config |= {key: carried[key] for key in ("megatron_config", "megatron_core") if key in carried}
     init = carried.get("init_lora_weights")
     if init is False or init == "gaussian":  # they set only what loading replaces, whatever the rank
         config["init_lora_weights"] = init
@@ -159,6 +160,16 @@ def build_config(
     if adapter.invocation_tokens is not None:
         config["alora_invocation_tokens"] = list(adapter.invocation_tokens)
     return {key: value for key, value in config.items() if key not in NEWER_DEFAULTS or value != NEWER_DEFAULTS[key]}
+
+
+def _dropout(adapter: Adapter) -> Any:
+    """That of the training: mlx-lm and LitGPT state it too."""
+    peft, litgpt, mlx = (adapter.metadata.get(home) or {} for home in ("peft", "litgpt", "mlx"))
+    if "lora_dropout" in peft:
+        return peft["lora_dropout"]
+    stated = (litgpt.get("lora_dropout"), (mlx.get("lora_parameters") or {}).get("dropout"))
+    usable = (float(share) for share in stated if isinstance(share, int | float) and 0 <= share <= 1)
+    return next(usable, DEFAULTS["lora_dropout"])
 
 
 def _scales(layout: Layout, rule: ScaleRule, encoder: Encoder) -> dict[str, Any]:
