@@ -19,6 +19,8 @@ from adaptertools.adapter import Adapter, Base
 from adaptertools.module import LoraModule, Target
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # on a GPU jax multiplies in TF32 and takes most of the memory
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the cores are taken by the other processes
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -2,6 +2,8 @@
 
 import os
 import socket
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,9 +11,11 @@ from typing import Any
 import pytest
 from hub_server import HubServer
 
-with socket.socket() as probe:
-    probe.bind(("127.0.0.1", 0))
-    PORT = probe.getsockname()[1]
+# Bound as long as this process runs, so that no other is given the port while no server listens here.
+_held = socket.socket()
+_held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+_held.bind(("127.0.0.1", 0))
+PORT = _held.getsockname()[1]
 
 # huggingface_hub reads these when it is imported. Every test's server has one address, since clients before 2.0 take no
 # answer to a commit from another endpoint than that. HF_HUB_DISABLE_XET=0 runs the tests through Xet.
@@ -44,6 +48,19 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     assert server.failures == []
 
 
+class _Waits(threading.local):
+    """A clock for each thread that goes on only while the thread waits, however long its calls take on this machine."""
+
+    _passed = 0.0
+
+    def monotonic(self) -> float:
+        return self._passed
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+        self._passed += seconds
+
+
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Repetitions that come at once, and end soon."""
@@ -51,6 +68,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(client, "FIRST_WAIT", 0.01)
     monkeypatch.setattr(client, "PATIENCE", 0.3)
+    monkeypatch.setattr(client, "time", _Waits())
     monkeypatch.setattr(commit, "WAIT", 0.01)
 
 

@@ -224,6 +224,7 @@ class HubServer:
 
 class _Listener(ThreadingHTTPServer):
     daemon_threads = True
+    allow_reuse_port = True  # one is held for all tests of a process
     request_queue_size = 128
 
     def __init__(self, hub: HubServer, port: int) -> None:

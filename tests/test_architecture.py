@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -47,17 +48,23 @@ def room(path: Path) -> str:
     return "" if parts == ("__init__",) else parts[0]
 
 
+@cache
+def nodes_of(path: Path) -> list[ast.AST]:
+    """The syntax tree of a file, node by node."""
+    return list(ast.walk(ast.parse(path.read_text())))
+
+
 def imports(path: Path, *, at_import_time: bool = False) -> Iterator[str]:
     """The dotted names that a file imports, `from a import b` as `a.b`."""
-    tree = ast.parse(path.read_text())
+    nodes = nodes_of(path)
     lazy = {
         id(inner)
-        for node in ast.walk(tree)
+        for node in (nodes if at_import_time else ())
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or is_type_checking(node)
         for inner in ast.walk(node)
     }
-    for node in ast.walk(tree):
-        if at_import_time and id(node) in lazy:
+    for node in nodes:
+        if id(node) in lazy:
             continue
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -131,7 +138,7 @@ def test_only_the_command_line_prints_or_exits() -> None:
     for path in FILES:
         if room(path) == "cli":
             continue
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes_of(path):
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func)
                 assert called not in {"print", "exit", "quit", "sys.exit", "os._exit"}, f"{label(path)}:{node.lineno}"

@@ -16,7 +16,6 @@ from proof import needed
 
 import adaptertools
 from adaptertools import containers, formats
-from adaptertools.hub import client
 from adaptertools.hub.cache import cache_folder
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -51,9 +50,7 @@ def safetensors_file(nbytes: int) -> bytes:
 
 
 @pytest.fixture
-def sha(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(client, "FIRST_WAIT", 0.01)
-    monkeypatch.setattr(client, "PATIENCE", 0.1)
+def sha(hub: HubServer, impatient: None) -> str:
     return hub.create_repo("org/lora", {**files_of(ADAPTER), "README.md": b"# A card", "optimizer.pt": b"o" * 5000})
 
 

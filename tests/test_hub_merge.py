@@ -24,7 +24,6 @@ from safetensors.torch import load_file, save_file
 
 import adaptertools
 from adaptertools.adapter import Adapter
-from adaptertools.hub import client, commit
 from adaptertools.merging.record import NAME
 from adaptertools.merging.resume import Staging
 from adaptertools.module import LoraModule, Target
@@ -61,12 +60,9 @@ def make_adapter(folder: Path, *, layers: int, rows: int = ROWS, columns: int = 
 
 
 @pytest.fixture(autouse=True)
-def here(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def here(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, impatient: None) -> Path:
     """The Hugging Face folder of this test; and nobody waits long before trying again."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(client, "FIRST_WAIT", 0.01)
-    monkeypatch.setattr(client, "PATIENCE", 0.1)
-    monkeypatch.setattr(commit, "WAIT", 0.01)
     return tmp_path / "home"
 
 
@@ -234,7 +230,7 @@ def test_a_head_that_is_made_of_another_shard_is_right_where_disk_space_is_low(
 
 
 @over_lfs
-@pytest.mark.parametrize("options", [(), ("--low-disk",)], ids=["", "low-disk"])
+@pytest.mark.parametrize("options", [(), ("--low-disk", "--workers", "1")], ids=["", "low-disk"])
 def test_an_upload_that_fails_for_good_stops_with_3_and_what_was_sent_is_not_sent_again(
     options: tuple[str, ...],
     hub: HubServer,
@@ -252,7 +248,7 @@ def test_an_upload_that_fails_for_good_stops_with_3_and_what_was_sent_is_not_sen
     assert hub.head("me/merged") == head, "nothing is visible"
     sent, fetched = uploads(hub), downloads(hub)
     del fetched["model-00004-of-00004.safetensors"]  # it may have been in the making
-    if options:  # one after the other; else some go together
+    if options:  # one after the other, as one worker makes them in order; else some go together
         assert sum(sent.values()) == 2
     ran = run(*command)
     assert ran.code == 0, ran.err

@@ -114,7 +114,8 @@ class Way:
         Raises: as `run_merge`; HubMovedError if the branch moves on meanwhile
         """
         outgoing = self._outgoing() if isinstance(self.dst, Address) else None
-        route = HubRoute(plan, self._incoming, outgoing, low_disk=self.low_disk)
+        is_local = not (self._incoming or outgoing)
+        route = Route() if is_local else HubRoute(plan, self._incoming, outgoing, low_disk=self.low_disk)
         report = run_merge(plan, self._folder, overwrite=overwrite, route=route, **options)
         if outgoing is None:
             return Merged(report, str(report.path))

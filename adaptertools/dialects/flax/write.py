@@ -244,5 +244,4 @@ def _filled(packs: Sequence[tuple[Stack, Packed]]) -> list[str]:
     absent = sum(record.absent for _, packed in packs for record in packed.records.values())
     if not absent:
         return []
-    shared = count(absent, "module", ("shares", "share"))
-    return [f"{shared} a leaf with others, is not changed by the adapter, and is zero there"]
+    return [f"filled with zeros: {count(absent, 'module')} in leaves of others, which the adapter does not change"]
