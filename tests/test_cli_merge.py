@@ -16,6 +16,7 @@ import adaptertools
 from adaptertools.adapter import Adapter
 from adaptertools.merging import blocks
 from adaptertools.merging.resume import Staging
+from adaptertools.merging.tasks import Output
 
 NAMES = [f"model.layers.{layer}.self_attn.{name}.weight" for layer in (0, 1) for name in ("q_proj", "v_proj")]
 
@@ -258,6 +259,21 @@ def test_memory_that_is_too_little_or_no_size_is_wrong_usage(
     ran = run("merge", base, peft_folder, tmp_path / "merged", "--max-memory", memory)
     assert ran.code == 2
     assert not (tmp_path / "merged").exists()
+
+
+def test_files_are_in_the_making_together(
+    base: Path, peft_folder: Path, tmp_path: Path, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[str] = []
+    write = Output.write
+
+    def noted(self: Output, offset: int, content: memoryview | bytes) -> None:
+        written.append(self.layout.name[:11])
+        write(self, offset, content)
+
+    monkeypatch.setattr(Output, "write", noted)
+    assert run("merge", base, peft_folder, tmp_path / "merged", "--workers", "1", "--device", "cpu").code == 0
+    assert written[:4] == ["model-00001", "model-00002"] * 2, "one writer at a time gets into a file"
 
 
 def test_neither_workers_nor_memory_change_a_byte(

@@ -17,7 +17,7 @@ Sums = tuple[float, float, float, float]
 
 _TILE_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
 _TILE_COLUMNS = {"cpu": 6144, "cuda": 1 << 24}
-"""The most of a tile, whose matrix is cut into equal ones: with a narrow rest beside them it took up to twice as long."""
+"""The most columns of a tile. Tiles of a matrix are equal: with a narrow rest beside them it takes twice as long."""
 
 _RANKS_AT_ONCE = 32
 _RANKS_AT_ONCE_FOR_BF16 = 128
