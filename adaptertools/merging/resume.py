@@ -1,6 +1,6 @@
 """A merge in the making: a hidden folder beside the destination, which outlives a process that was killed.
 
-It holds the recipe, the result as far as it is there, and a record of every finished file. A file in the making ends in
+It holds the recipe, the result as far as it is there, and records of finished files. A file in the making ends in
 `.part`, and the configuration comes last, so that nothing in it is taken for a model. The same recipe goes on from what
 is finished; any other starts anew. Whoever works in it holds a lock on it.
 """
@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 import shutil
+import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -23,8 +24,8 @@ from adaptertools.errors import DestinationError, DestinationExistsError, FileEr
 from adaptertools.merging.kernels import Statistics
 from adaptertools.merging.shards import Layout
 
-_RECIPE, _FINISHED = "recipe.json", "finished.json"
-_RECORDS, _RESULT = "records", "result"
+_RECIPE, _RECORDS, _FINISHED = "recipe.json", "records.json", "finished.json"
+_RESULT = "result"
 _ASIDE = f"{_RESULT}-old"
 _INCOMING = "incoming"
 _SENT = "sent"
@@ -44,7 +45,8 @@ class Staging:
 
     def __init__(self, folder: Path, dst: Path, *, flush: bool) -> None:
         self.folder, self.dst, self.flush = folder, dst, flush
-        self._records = folder / _RECORDS
+        self._records = folder / _RECORDS  # one file: on a busy disk the removal of each waits for a tenth of a second
+        self._lock = threading.Lock()
 
     @property
     def result(self) -> Path:
@@ -63,7 +65,7 @@ class Staging:
     def finished(self, layout: Layout) -> dict[str, Statistics] | None:
         """What a finished file's record says of its tensors; None if the file is not finished."""
         try:
-            record = self._record(layout)
+            record = self._known()[layout.name]
             if record["file"][0] != layout.size:
                 return None
             if _SENT not in record:
@@ -71,34 +73,36 @@ class Staging:
                 if [found.st_size, found.st_mtime_ns] != record["file"]:
                     return None
             return {name: Statistics(**sums) for name, sums in record["statistics"].items()}
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, KeyError, TypeError):
             return None
 
     def sent(self, layout: Layout) -> dict[str, Any] | None:
         """What is known of a finished file that was sent on; it need not be here any more."""
-        try:
-            sent = self._record(layout)[_SENT]
-            return sent if isinstance(sent, dict) else None
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
+        sent = self._known().get(layout.name, {}).get(_SENT)
+        return sent if isinstance(sent, dict) else None
 
     def note_sent(self, layout: Layout, sent: Mapping[str, Any]) -> None:
         """Remember that a finished file was sent on.
 
         Raises: DestinationError
         """
-        self._write(self._record_file(layout), {**self._record(layout), _SENT: dict(sent)})
+        self._remember(layout, {_SENT: dict(sent)})
 
-    def _record_file(self, layout: Layout) -> Path:
-        return self._records / f"{layout.name}.json"
+    def _remember(self, layout: Layout, facts: Mapping[str, Any]) -> None:
+        with self._lock:
+            known = self._known()
+            self._write(self._records, {**known, layout.name: {**known.get(layout.name, {}), **facts}})
 
-    def _record(self, layout: Layout) -> dict[str, Any]:
-        record: dict[str, Any] = json.loads(self._record_file(layout).read_text())
-        return record
+    def _known(self) -> dict[str, dict[str, Any]]:
+        """What is known of finished files, by name."""
+        try:
+            return read_json(self._records)
+        except (FileError, OSError):
+            return {}
 
     def anything_finished(self) -> bool:
         """Whether there is a file that need not be made again."""
-        return any(self._records.glob("*.json"))
+        return bool(self._known())
 
     def allocate(self, layouts: list[Layout]) -> None:
         """Room for all files that are to be made, so that a full disk is found before any work.
@@ -137,11 +141,11 @@ class Staging:
                 sync(self.part(layout))
             self.part(layout).replace(target)
             found = target.stat()
-        record = {
+        facts = {
             "file": [found.st_size, found.st_mtime_ns],
             "statistics": {name: asdict(sums) for name, sums in statistics.items()},
         }
-        self._write(self._record_file(layout), record)
+        self._remember(layout, facts)
 
     def publish(self, dropped: tuple[str, ...]) -> None:
         """Make the result the destination in one step; of an old one, the files of these patterns go.
@@ -202,13 +206,12 @@ class Staging:
         """
         with explained(self.folder):
             if self._recipe() != recipe:
-                for name in (_FINISHED, _RECIPE):  # first, so that what is left is never taken for another's
+                for name in (_FINISHED, _RECIPE, _RECORDS):  # first, so that what is left is never taken for another's
                     (self.folder / name).unlink(missing_ok=True)
-                for name in (_RECORDS, _RESULT, _ASIDE):
+                for name in (_RESULT, _ASIDE):
                     _clear(self.folder / name)
                 self._write(self.folder / _RECIPE, {"recipe": recipe})
             (self.folder / _RESULT).mkdir(exist_ok=True)
-            self._records.mkdir(exist_ok=True)
 
     def _recipe(self) -> object:
         try:
@@ -288,7 +291,8 @@ def _opened(folder: Path) -> int:
 
 
 def _is_ours(folder: Path) -> bool:
-    known = {_RECIPE, _FINISHED, _RECORDS, _RESULT, _ASIDE, _INCOMING, _RECIPE + _NEW, _FINISHED + _NEW}
+    documents = {_RECIPE, _RECORDS, _FINISHED}
+    known = {*documents, *(name + _NEW for name in documents), _RESULT, _ASIDE, _INCOMING}
     try:
         return {entry.name for entry in folder.iterdir()} <= known
     except FileNotFoundError:
