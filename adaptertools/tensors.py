@@ -130,14 +130,17 @@ def all_finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
-def check_finite(name: str, tensor: Tensor) -> None:
-    """Raises: NonFiniteError that names the tensor and counts the bad values."""
+_CARRIED = "; --allow-nonfinite carries them along"
+
+
+def check_finite(name: str, tensor: Tensor, *, may_pass: bool = True) -> None:
+    """Raises: NonFiniteError that names the tensor and counts the bad values, and what lets them pass if anything."""
     if not all_finite(tensor):
         nan = int(torch.isnan(tensor).sum())
         inf = int(torch.isinf(tensor).sum())
         raise NonFiniteError(
             f"{name}: {nan} NaN and {inf} infinite of {tensor.numel()} values. "
-            "The adapter is damaged or its training diverged; --allow-nonfinite carries them along"
+            f"The adapter is damaged or its training diverged{_CARRIED if may_pass else ''}"
         )
 
 

@@ -345,9 +345,13 @@ class _Handler(BaseHTTPRequestHandler):
             while left:
                 step = min(self.server.hub.step, left)
                 self.server.hub.pace("out", step)
-                count = self.connection.sendfile(body, body.tell(), step)
+                entry.sent += step  # first: who has the bytes may look here at once
+                count = 0
+                try:
+                    count = self.connection.sendfile(body, body.tell(), step)
+                finally:
+                    entry.sent -= step - count
                 left -= count
-                entry.sent += count
         if entry.sent < answer.length:
             raise CutError
 

@@ -158,6 +158,41 @@ def test_a_dtype_casts_every_tensor(
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in found.values())
 
 
+def test_what_a_cast_takes_is_said(base: Path, peft_folder: Path, tmp_path: Path, run: Callable[..., Any]) -> None:
+    shard = base / "model-00001-of-00002.safetensors"
+    tensors = load_file(shard)
+    norm = "model.layers.0.norm.weight"
+    tensors[norm][1] = 1e-9  # below the least of float16
+    save_file(tensors, shard, {"format": "pt"})
+    ran = run("merge", base, peft_folder, tmp_path / "merged", "--dtype", "f16")
+    assert ran.code == 0, ran.err
+    lost = float(tensors[norm][1]) / float(tensors[norm].double().norm())
+    assert f"  cast         2 tensors, 1 value inexact, up to {lost:.1e} of the norm of {norm}\n" in ran.out
+    assert "replaced" not in ran.out
+    record = json.loads((tmp_path / "merged" / "adaptertools_merge.json").read_text())
+    assert record["cast"][norm] == {"rounding_error": pytest.approx(lost), "inexact": 1, "elements": 12}
+    assert record["cast"]["model.layers.1.norm.weight"]["inexact"] == 0
+    proof = run("verify", base, peft_folder, tmp_path / "merged")
+    assert proof.code == 0, proof.out
+    assert "  note         2 tensors cast to f16: compared with the base's own, cast\n" in proof.out
+    wide = run("merge", base, peft_folder, tmp_path / "wide", "--dtype", "f32")
+    assert "  cast         2 tensors, exact\n" in wide.out
+
+
+def test_advice_on_what_is_not_finite_is_of_options_that_there_are(
+    base: Path, peft_folder: Path, tmp_path: Path, run: Callable[..., Any]
+) -> None:
+    file = peft_folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    next(iter(tensors.values())).view(-1)[0] = float("nan")
+    save_file(tensors, file)
+    for command in (["merge", base, peft_folder, tmp_path / "merged"], ["verify", base, peft_folder, base]):
+        ran = run(*command)
+        assert ran.code == 1
+        assert "1 NaN and 0 infinite" in ran.err
+        assert "--allow-nonfinite" not in ran.err
+
+
 def test_overwrite_replaces_an_earlier_merge_alone(
     base: Path, peft_folder: Path, plain: Adapter, tmp_path: Path, run: Callable[..., Any]
 ) -> None:

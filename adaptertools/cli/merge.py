@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from adaptertools.merging.kernels import Statistics
     from adaptertools.merging.outlook import MergeOutlook
     from adaptertools.merging.plan import MergePlan
+    from adaptertools.merging.record import MergeReport
 
 _SHOWN = 5
 """Tensors that are listed: those of whose change rounding took the most."""
@@ -150,6 +151,7 @@ def _plan_text(plan: "MergePlan", outlook: "MergeOutlook", aim: _Aim) -> str:
         *_source_lines(plan),
         field("changed", f"{outlook.changed:,} of {count(outlook.tensors, 'tensor')}"),
         *([field("replaced", count(outlook.replaced, "tensor"))] if outlook.replaced else []),
+        *([field("cast", count(outlook.cast, "tensor"))] if outlook.cast else []),
         field("read", f"{size(outlook.bytes_read)} from {count(len(plan.base.files), 'file')}"),
         field("write", f"{size(outlook.bytes_written)} to {count(outlook.files, 'file')}"),
         field("memory", f"{size(outlook.memory)} for {count(outlook.workers, 'worker')}, beside the adapters"),
@@ -170,7 +172,7 @@ def _text(plan: "MergePlan", merged: "Merged") -> str:
         *([field("page", merged.url)] if merged.url else []),
         *_source_lines(plan),
         field("changed", f"{len(report.tensors):,} of {count(tensors, 'tensor')}, computed on {report.device}"),
-        *([field("replaced", count(len(report.replaced), "tensor"))] if report.replaced else []),
+        *_replaced_lines(plan, report),
         field("written", f"{size(report.nbytes)} in {count(len(plan.shards), 'file')}"),
         *([field("resumed", f"{count(report.resumed, 'file')} finished by a run before")] if report.resumed else []),
     ]
@@ -183,6 +185,20 @@ def _text(plan: "MergePlan", merged: "Merged") -> str:
     lines += _remark_lines(report.left_out, report.notes)
     rows = [(name, *_row(sums)) for name, sums in _worst(report.tensors)]
     return "\n".join([*lines, "", table([_HEADINGS, *rows])] if rows else lines)
+
+
+def _replaced_lines(plan: "MergePlan", report: "MergeReport") -> list[str]:
+    """What was written without arithmetic, and what the cast took of it."""
+    from adaptertools.cli._report import count, field, relative
+
+    brought = {*report.replaced} - {*plan.cast}
+    lines = [field("replaced", count(len(brought), "tensor"))] if brought else []
+    if report.cast:
+        inexact = sum(sums.elements - sums.unchanged for sums in report.cast.values())
+        worst, sums = max(report.cast.items(), key=lambda item: item[1].relative_loss)
+        took = f"{count(inexact, 'value')} inexact, up to {relative(sums.relative_loss)} of the norm of {worst}"
+        lines.append(field("cast", f"{count(len(report.cast), 'tensor')}, {took if inexact else 'exact'}"))
+    return lines
 
 
 _HEADINGS = ("TENSOR", "DELTA", "ROUNDING TOOK", "UNCHANGED")
@@ -236,7 +252,7 @@ def _plan_document(plan: "MergePlan", outlook: "MergeOutlook", aim: _Aim) -> dic
 
 
 def _document(plan: "MergePlan", merged: "Merged") -> dict[str, Any]:
-    from adaptertools.merging.record import figures
+    from adaptertools.merging.record import cast_figures, figures
 
     report = merged.report
     commit = {"sha": merged.sha, "url": merged.url} if merged.sha else {}
@@ -248,4 +264,5 @@ def _document(plan: "MergePlan", merged: "Merged") -> dict[str, Any]:
         "tensors": {name: figures(sums) for name, sums in report.tensors.items()},
         "total": figures(report.total),
         "replaced": list(report.replaced),
+        "cast": {name: cast_figures(sums) for name, sums in report.cast.items()},
     }

@@ -176,7 +176,7 @@ class Assembly:
         for member, module, name in targets:
             source = Source(number=member.number, weight=member.weight)
             for part, tensor in module.tensors.items():
-                check_finite(f"{member.name}: {module.target}.{part}", tensor)
+                check_finite(f"{member.name}: {module.target}.{part}", tensor, may_pass=False)
             if name is not None and (twin := self.draft.same_as(name)):
                 raise UnsupportedFeatureError(
                     f"{member.name}: {module.target} changes {name}, which is the same tensor as {twin} in "

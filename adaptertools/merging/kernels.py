@@ -53,6 +53,11 @@ class Statistics:
         return math.sqrt(self.lost / self.delta) if self.delta else 0.0
 
     @property
+    def relative_loss(self) -> float:
+        """‖W' − W − δ‖ / ‖W‖: where nothing is added, what a cast took."""
+        return math.sqrt(self.lost / self.weight) if self.weight else 0.0
+
+    @property
     def share_unchanged(self) -> float:
         return self.unchanged / self.elements if self.elements else 0.0
 
@@ -239,6 +244,17 @@ def prepare(edit: Edit, device: torch.device, *, sources: Sequence[str] = (), ha
     Memory: the factors in float32 (twice on CUDA)
     """
     return Prepared(edit, device, sources, has_statistics)
+
+
+def cast_statistics(block: Tensor, cast: Tensor) -> Statistics:
+    """What a cast took. NaN and infinity stay what they are, and count as 0.
+
+    Memory: two copies of the block in float32, or in float64 if it is
+    """
+    wide = block.to(torch.promote_types(block.dtype, torch.float32)).nan_to_num(0.0, 0.0, 0.0)
+    lost = cast.to(wide.dtype).nan_to_num(0.0, 0.0, 0.0).sub_(wide)
+    weight, off = (float(torch.linalg.vector_norm(each, dtype=torch.float64)) ** 2 for each in (wide, lost))
+    return Statistics(delta=0.0, weight=weight, lost=off, unchanged=int((lost == 0).sum()), elements=block.numel())
 
 
 @contextlib.contextmanager

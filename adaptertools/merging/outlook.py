@@ -35,7 +35,8 @@ class Crew:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergeOutlook:
-    """What running a plan takes. `changed` counts tensors that an adapter changes, `replaced` those that it brings.
+    """What running a plan takes. `changed` counts tensors that an adapter changes, `replaced` those that it brings,
+    `cast` those of which nothing but the dtype changes.
 
     Units:  bytes_read, bytes_written and memory in bytes; memory on the host, beside the adapters
     """
@@ -43,6 +44,7 @@ class MergeOutlook:
     tensors: int
     changed: int
     replaced: int
+    cast: int
     files: int
     bytes_read: int
     bytes_written: int
@@ -64,7 +66,8 @@ def preview(
     return MergeOutlook(
         tensors=len(plan.tensors),
         changed=changed,
-        replaced=len(plan.edits) - changed,
+        replaced=len(plan.edits) - changed - len(plan.cast),
+        cast=len(plan.cast),
         files=len(layouts),
         bytes_read=plan.bytes_read,
         bytes_written=sum(layout.size for layout in layouts),

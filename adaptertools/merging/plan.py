@@ -60,6 +60,12 @@ class MergePlan:
         """The names of the tensors that adapters change; not those that are only cast."""
         return tuple(name for name, edit in self.edits.items() if edit.computes or edit.rows or edit.source != name)
 
+    @property
+    def cast(self) -> tuple[str, ...]:
+        """The names of the tensors of which another dtype is all that changes."""
+        cast = ((name, edit) for name, edit in self.edits.items() if self._is_cast(edit))
+        return tuple(name for name, edit in cast if not (edit.computes or edit.rows or edit.source != name))
+
     def nbytes(self, name: str) -> int:
         """The bytes of one tensor of the result."""
         edit = self.edits.get(name)

@@ -44,7 +44,8 @@ class MergeReport:
     """A finished merge: where it is, what each tensor's change was, and what rounding took of it.
 
     `tensors` holds those that an adapter changed by arithmetic, `replaced` those that it brought or that were only
-    moved or cast. `resumed` counts the files that an earlier run had finished. `total` is over `tensors`.
+    moved or cast, `cast` what casts took of these. `resumed` counts the files that an earlier run had finished. `total`
+    is over `tensors`.
     """
 
     path: Path
@@ -54,6 +55,7 @@ class MergeReport:
     tensors: Mapping[str, Statistics]
     total: Statistics
     replaced: tuple[str, ...] = ()
+    cast: Mapping[str, Statistics] = field(default_factory=dict)
     resumed: int = 0
     left_out: tuple[str, ...] = ()
     notes: tuple[str, ...] = field(default=())
@@ -162,6 +164,7 @@ def document(plan: MergePlan, inputs: Inputs, report: MergeReport) -> dict[str, 
         "tensors": {name: figures(sums) for name, sums in report.tensors.items()},
         "total": figures(report.total),
         "replaced": list(report.replaced),
+        "cast": {name: cast_figures(sums) for name, sums in report.cast.items()},
         "left_out": list(report.left_out),
         "notes": list(report.notes),
         "files": [*report.files, NAME],
@@ -174,6 +177,15 @@ def figures(sums: Statistics) -> dict[str, Any]:
         "relative_delta": _finite(sums.relative_delta),
         "rounding_error": _finite(sums.relative_error),
         "unchanged": sums.share_unchanged,
+        "elements": sums.elements,
+    }
+
+
+def cast_figures(sums: Statistics) -> dict[str, Any]:
+    """What the sums say of a cast."""
+    return {
+        "rounding_error": _finite(sums.relative_loss),
+        "inexact": sums.elements - sums.unchanged,
         "elements": sums.elements,
     }
 

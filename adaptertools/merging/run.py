@@ -231,7 +231,8 @@ def _report(plan: MergePlan, staging: Staging, layouts: Sequence[Layout], inputs
     found: dict[str, Statistics] = {}
     for layout in layouts:
         found |= staging.finished(layout) or {}
-    tensors = {name: found[name] for shard in plan.shards for name in shard.tensors if name in found}
+    in_order = {name: plan.edits[name] for shard in plan.shards for name in shard.tensors if name in plan.edits}
+    tensors = {name: found[name] for name, edit in in_order.items() if edit.computes}
     return MergeReport(
         path=staging.dst,
         nbytes=sum(layout.size for layout in layouts),
@@ -239,7 +240,8 @@ def _report(plan: MergePlan, staging: Staging, layouts: Sequence[Layout], inputs
         device=inputs.device,
         tensors=tensors,
         total=total(tensors.values()),
-        replaced=tuple(name for shard in plan.shards for name in shard.tensors if name in {*plan.edits} - {*found}),
+        replaced=tuple(name for name, edit in in_order.items() if not edit.computes),
+        cast={name: found[name] for name, edit in in_order.items() if not edit.computes and name in found},
         resumed=resumed,
         left_out=plan.left_out,
         notes=plan.notes,

@@ -16,8 +16,9 @@ from adaptertools.containers.tensorfile import reading
 from adaptertools.errors import NonFiniteError
 from adaptertools.merging.blocks import block_rows, source_dtype
 from adaptertools.merging.edits import Edit
-from adaptertools.merging.kernels import Prepared, Statistics, prepare
+from adaptertools.merging.kernels import Prepared, Statistics, cast_statistics, prepare
 from adaptertools.merging.plan import MergePlan
+from adaptertools.merging.record import total
 from adaptertools.merging.resume import Staging
 from adaptertools.merging.route import Route
 from adaptertools.merging.shards import CHUNK_BYTES, Copy, Layout, changes_in_place, sources_of
@@ -185,6 +186,7 @@ class EditedTensor:
         self._device, self._labels = device, plan.sources
         self._left = len(self._blocks)
         self._prepared: Prepared | None = None
+        self._casts: list[Statistics] = []
         self._lock = threading.Lock()
 
     def tasks(self) -> Iterator[Task]:
@@ -210,6 +212,8 @@ class EditedTensor:
         if last and prepared is not None:
             self._output.statistics[self._edit.name] = prepared.statistics
             self._prepared = None
+        elif last and self._casts:
+            self._output.statistics[self._edit.name] = total(self._casts)
 
     def _ready(self, worker: Worker) -> Prepared | None:
         """The factors on the device, and where norms run over the rows, these, in a pass before."""
@@ -247,6 +251,8 @@ class EditedTensor:
             raise NonFiniteError(
                 f"{self._edit.name}: values too large for {dtype_name(done.dtype)}. Choose another dtype"
             )
+        if done.dtype != block.dtype:
+            self._casts.append(cast_statistics(block, done))
         return done
 
 

@@ -19,6 +19,7 @@ from adaptertools.merging.coefficients import Coefficient, fit, misapplied
 from adaptertools.merging.comparison import Comparison, TensorCheck
 from adaptertools.merging.layout import dropped_buffers, few, problems_of_files, problems_of_names
 from adaptertools.merging.plan import MergePlan, plan_merge
+from adaptertools.tensors import dtype_name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -143,4 +144,7 @@ def _notes(plan: MergePlan, dropped: Sequence[str]) -> tuple[str, ...]:
     without = (f"it is without {few(dropped)}, which the class of the model makes anew",) if dropped else ()
     unmatched, first = count(len(plan.left_out), "module", ("matches", "match")), ", ".join(plan.left_out[:3])
     left_out = (f"{unmatched} no weight of the base, without effect: {first}",) if plan.left_out else ()
-    return (*left_out, *without, *plan.notes)
+    cast = plan.cast
+    to = f"{count(len(cast), 'tensor')} cast to {dtype_name(plan.edits[cast[0]].dtype)}" if cast else ""
+    as_cast = (f"{to}: compared with the base's own, cast",) if cast else ()
+    return (*left_out, *without, *as_cast, *plan.notes)

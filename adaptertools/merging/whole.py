@@ -62,7 +62,7 @@ def gather(
             _leave_out(found, member)
             continue
         for stated, weight in member.adapter.full_weights.items():
-            check_finite(f"{member.name}: {stated}", weight.weight)
+            check_finite(f"{member.name}: {stated}", weight.weight, may_pass=False)
             name = names.find(stated) or _new(stated, weight.role, names, head)
             if name is None:
                 unmatched(f"{member.name}: {stated}", stated)
@@ -70,7 +70,7 @@ def gather(
             else:
                 _take(found, name, weight.weight, weight.role, member)
         for stated, rows in member.adapter.row_weights.items():
-            check_finite(f"{member.name}: {stated} (token rows)", rows.rows)
+            check_finite(f"{member.name}: {stated} (token rows)", rows.rows, may_pass=False)
             name = names.find(stated)
             if name is None:
                 unmatched(f"{member.name}: the token rows of {stated}", stated)
