@@ -119,7 +119,7 @@ class Origin:
 
     `label` is what messages call it, `name` what histories call it: `org/name@sha/sub/folder` for an adapter of the
     Hub, else the last part of its label. `path` is where it stands on this machine. `options` are the writer options
-    that give the same layout again.
+    that give the same layout again. `base` is what messages call the base model that it was read with.
     """
 
     format: str
@@ -128,6 +128,7 @@ class Origin:
     path: Path | None = None
     name: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
+    base: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", self.name or PurePath(self.label).name)
@@ -247,6 +248,14 @@ class Adapter:
     def then(self, entry: HistoryEntry) -> "Adapter":
         """The adapter with one more operation in its history."""
         return replace(self, history=(*self.history, entry))
+
+    @property
+    def naming_advice(self) -> str:
+        """What to do about names that could not be turned back into module paths, for messages."""
+        base = self.origin.base if self.origin else None
+        if base is None:
+            return "Read the adapter with --base"
+        return f"The base given, {base}, has no weight of that name and shape. Is it the right base model?"
 
     @property
     def named_tensors(self) -> dict[str, Tensor]:

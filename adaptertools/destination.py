@@ -31,9 +31,18 @@ def check_destination(dst: Path, module: Format, overwrite: bool) -> None:
         return
     if dst.is_dir() != module.FOLDER:
         wanted, found = ("folder", "file") if module.FOLDER else ("file", "folder")
-        raise DestinationExistsError(f"{dst} is a {found}, and this format is written as a {wanted}: give another name")
+        give = "another name" if module.FOLDER or not module.CONTAINERS else f"another name, or {dst / _usual(module)}"
+        raise DestinationExistsError(f"{dst} is a {found}, and this format is written as a {wanted}: give {give}")
+    _check_replaceable(dst, module)
     if not overwrite:
         raise DestinationExistsError(f"{dst} exists. overwrite=True (--overwrite) replaces it")
+
+
+def _check_replaceable(dst: Path, module: Format) -> None:
+    """Make sure that what stands at `dst` is an adapter, since nothing else is replaced.
+
+    Raises: DestinationExistsError
+    """
     if module.FOLDER and not any(any(dst.glob(pattern)) for pattern in _folder_patterns()):
         raise DestinationExistsError(f"{dst} holds no file of an adapter, so it is not replaced: give another name")
     try:
@@ -42,6 +51,28 @@ def check_destination(dst: Path, module: Format, overwrite: bool) -> None:
         return
     except AdapterToolsError as error:
         raise DestinationExistsError(f"{dst} is no adapter, so it is not replaced: {error}") from error
+
+
+def check_named(given: object, module: Format) -> None:
+    """Make sure that a file has a name: a path that ends with a slash names a folder.
+
+    Raises: DestinationError
+    """
+    if isinstance(given, str) and given.endswith("/") and not module.FOLDER and module.CONTAINERS:
+        raise DestinationError(
+            f"{given} names a folder, and this format is written as a file: give {given}{_usual(module)}"
+        )
+
+
+def unusual_name(dst: Path, module: Format, container: str) -> list[str]:
+    """A word on the name of a file by which programs do not tell what it is."""
+    if module.FOLDER or dst.suffix:
+        return []
+    return [f"{dst.name} has no suffix, and programs look for one: {dst.name}{containers.get(container).SUFFIX}"]
+
+
+def _usual(module: Format) -> str:
+    return f"adapter{containers.get(module.CONTAINERS[0]).SUFFIX}"
 
 
 def check_beside(dst: Path, module: Format, origin: Origin | None) -> None:
@@ -59,15 +90,29 @@ def check_beside(dst: Path, module: Format, origin: Origin | None) -> None:
         )
 
 
-def left_behind(dst: Path, module: Format, origin: Origin) -> list[str]:
-    """A word on what stands beside an adapter in its folder and does not go along: a model card, a tokenizer …"""
-    source = origin.path
-    if not module.FOLDER or source is None or not source.is_dir() or (dst.exists() and dst.samefile(source)):
+def left_behind(dst: Path, origin: Origin | None) -> list[str]:
+    """A word on what stands beside an adapter in its folder and does not go along: a model card, a checkpoint …"""
+    source = origin.path if origin is not None else None
+    if origin is None or source is None or not source.is_dir() or (dst.exists() and dst.samefile(source)):
         return []
-    files = sorted(entry.name for entry in source.iterdir() if entry.is_file() and not entry.name.startswith("."))
-    others = [name for name in files if not any(fnmatch(name, pattern) for pattern in module.FILES)]
+    if origin.container == "orbax":  # the folder is the checkpoint
+        return []
+    own = (*formats.get(origin.format).FILES, *_read_from(source, origin))
+    beside = (entry for entry in source.iterdir() if not entry.name.startswith(".") and entry != dst)
+    names = sorted((entry.is_dir(), entry.name) for entry in beside)
+    foreign = [(is_dir, name) for is_dir, name in names if not any(fnmatch(name, pattern) for pattern in own)]
+    below = len(foreign) == len(names)  # the adapter stands in one of the folders
+    others = [f"{name}/" if is_dir else name for is_dir, name in foreign if not (is_dir and below)]
     shown = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
     return [f"not carried along from {origin.label}: {shown}"] if others else []
+
+
+def _read_from(source: Path, origin: Origin) -> list[str]:
+    """The tensor files of a folder whose format names none of its own: they are the adapter if there is just one."""
+    if formats.get(origin.format).FOLDER:
+        return []
+    held = Source(source).tensor_names
+    return [name + suffix for name in held for suffix in ("", sidecar.SUFFIX)] if len(held) == 1 else []
 
 
 def default_container(module: Format, dst: Path) -> str:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from adaptertools.errors import NonFiniteError
 from adaptertools.tensors import Deferred, all_finite, check_finite, dtype_name
 
 _CHUNK = 1 << 15
@@ -58,7 +59,9 @@ class Encoder:
             folded = scale(tensor, factor, dtype).contiguous()
             if not self.allow_nonfinite and not all_finite(folded):
                 check_finite(name, tensor)  # if that is finite, the fold or the cast overflowed
-                check_finite(f"{name} as {dtype_name(dtype)}", folded)
+                scaled = f" once they are scaled by {factor:g}"
+                advice = ": choose another --dtype" if self.dtype is not None else scaled
+                raise NonFiniteError(f"{name}: values too large for {dtype_name(dtype)}{advice}")
             return folded
 
         return Deferred(shape=tuple(tensor.shape), dtype=dtype, compute=compute)

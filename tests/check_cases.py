@@ -43,7 +43,8 @@ def kept(consumer: str, format: str | None = None) -> Subject:
     """An adapter of two layers that keeps every rule of a consumer, as it stands in the consumer's own files."""
     stands_as = format or consumers.get(consumer).writes
     names = ("o_proj",) if consumer == "ollama" else ("q_proj",) if stands_as == "mlx" else SPLIT
-    modules = tuple(module(f"model.layers.{layer}.self_attn.{name}") for layer in (0, 1) for name in names)
+    layers = "text_model.encoder.layers" if consumer in ("comfyui", "diffusers") else "model.layers"
+    modules = tuple(module(f"{layers}.{layer}.self_attn.{name}") for layer in (0, 1) for name in names)
     chosen = consumers.get(consumer)
     return Subject(
         adapter=Adapter(modules=modules, bases={"": Base(id="tiny/llama")}),
@@ -173,6 +174,7 @@ NO_RANK = with_config(r=None)
 GPT2 = with_modules(
     lambda m: replace(m, target=Target(parameter=m.target.parameter.replace("model.layers", "transformer.h")))
 )
+LLAMA = with_first(lambda m: replace(m, target=Target(parameter="model.layers.0.self_attn.q_proj")))
 GPT2_NAMES = together(GPT2, with_subject(model_type="gpt2"))
 
 _BEYOND: dict[str, Change] = {
@@ -283,12 +285,14 @@ BREAKING: dict[str, dict[str, Change]] = {
     },
     "comfyui": {
         **_BEYOND,
+        "names of a language model": LLAMA,
         "scaling in metadata": together(
             with_modules(lambda m: replace(m, alpha=8.0)), with_subject(keys=frozenset({"unet.x.lora_A.weight"}))
         ),
     },
     "diffusers": {
         **{rule: change for rule, change in _BEYOND.items() if rule != "lora_bias"},
+        "names of a language model": LLAMA,
         "mixed ranks": with_first(ranked(8)),
         ".alpha for every module": with_subject(
             keys=frozenset({"lora_unet_a.lora_down.weight", "lora_unet_a.alpha", "lora_unet_b.lora_down.weight"})

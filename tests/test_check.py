@@ -21,8 +21,10 @@ from check_cases import (
 from adaptertools import consumers, formats
 from adaptertools.cli.check import CONSUMERS
 from adaptertools.consumers.judge import judge
+from adaptertools.consumers.layers import is_of_language_model
 from adaptertools.consumers.rule import Consumer, Rule, Verdict, version_number
 from adaptertools.errors import OptionError
+from adaptertools.module import Target
 
 RULES = [
     (consumer, rule)
@@ -251,3 +253,44 @@ def test_a_rank_that_lorax_need_not_pad_is_taken() -> None:
         change = together(with_modules(ranked(rank)), with_config(r=rank, lora_alpha=rank))
         findings = {f.rule: f.verdict for f in judge(change(kept("lorax")), lorax, lorax.newest)}
         assert findings["rank that is padded"] is verdict, rank
+
+
+@pytest.mark.parametrize("name", consumers.names())
+def test_values_that_are_not_finite_pass_nowhere_and_are_said_to_be_unchecked_where_unread(name: str) -> None:
+    consumer = consumers.get(name)
+    for nonfinite, verdict in ((("a.lora_A",), Verdict.CHANGES), (None, Verdict.UNCHECKED), ((), Verdict.OK)):
+        findings = judge(replace(kept(name), nonfinite=nonfinite), consumer, consumer.newest)
+        (found,) = [finding for finding in findings if finding.rule == "finite"]
+        assert (found.verdict, found.found) == (verdict, nonfinite or ())
+
+
+@pytest.mark.parametrize(
+    ("component", "name", "expected"),
+    [
+        ("", "model.layers.0.self_attn.q_proj", True),
+        ("unet", "model_layers_0_mlp_down_proj", True),
+        ("", "lora_unet_model_layers_12_self_attn_q_proj", True),
+        ("", "base_model.model.model.language_model.layers.3.mlp.up_proj", True),
+        ("transformer", "transformer.h.0.attn.c_attn", True),
+        ("", "gpt_neox.layers.0.attention.dense", True),
+        ("text_encoder", "model.layers.0.self_attn.q_proj", False),
+        ("", "lora_te1_text_model_encoder_layers_0_self_attn_q_proj", False),
+        ("text_encoder", "text_model_encoder_layers_0_mlp_fc1", False),
+        ("", "text_model.encoder.layers.0.self_attn.q_proj", False),
+        ("transformer", "layers.0.attention.to_q", False),
+        ("unet", "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q", False),
+        ("", "decoder.layers.0.self_attn.q_proj", False),
+    ],
+)
+def test_names_are_those_of_a_language_model_only_where_nothing_else_has_them(
+    component: str, name: str, expected: bool
+) -> None:
+    assert is_of_language_model(Target(parameter=name, component=component)) is expected
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_what_else_breaks_a_rule_is_counted_in_modules(layers: int) -> None:
+    more = [module(f"model.layers.{layer}.self_attn.x", rank=96) for layer in range(layers)]
+    findings = judge(with_more(*more)(kept("vllm")), VLLM, VLLM.newest)
+    (found,) = [finding for finding in findings if finding.rule == "rank"]
+    assert found.reason.endswith(" has rank 96 > 16" + (" and 2 more modules" if layers == 3 else ""))

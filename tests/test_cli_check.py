@@ -50,7 +50,7 @@ def test_what_means_something_else_exits_with_four_and_names_the_command_that_he
     assert (ran.code, ran.err) == (4, "")
     assert (
         "rsLoRA changes meaning use_rslora is unread: the scaling is lora_alpha / r: "
-        "model.layers.0.self_attn.q_proj is scaled by 8, not 4 and 3 more"
+        "model.layers.0.self_attn.q_proj is scaled by 8, not 4 and 3 more modules"
     ) in lines(ran)
     assert lines(ran)[-1] == f"The file that does: adaptertools check {rslora_folder} --for sglang --fix DST"
 
@@ -270,3 +270,49 @@ def test_every_fixture_has_a_verdict_for_every_consumer_and_the_command_that_hel
             assert (fixed.code, fixed.json["check"]["passes"]) == (0, True), consumer
         else:
             assert found.json["ways_out"] or found.json["refused"]
+
+
+def test_an_adapter_that_holds_nan_does_not_pass(run: Run, plain: Adapter, tmp_path: Path) -> None:
+    first = plain.modules[0]
+    values = first.lora_A.clone()
+    values[0, 0] = float("nan")
+    damaged = replace(plain, modules=(replace(first, lora_A=values), *plain.modules[1:]))
+    adaptertools.write(damaged, tmp_path / "src", format="peft", allow_nonfinite=True)
+    ran = run("check", tmp_path / "src", "--for", "vllm")
+    assert ran.code == 4
+    assert f"finite changes meaning NaN or infinity makes every output NaN: {first.target}.lora_A" in lines(ran)
+    ran = run("check", tmp_path / "src", "--for", "vllm", "--fix", tmp_path / "dst")
+    assert (ran.code, (tmp_path / "dst").exists()) == (1, False)
+    assert "take an earlier checkpoint" in ran.err
+
+
+def test_values_of_a_large_adapter_are_not_read(run: Run, peft_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adaptertools.api.case.READ_AT_ONCE", 10)
+    assert "finite not checked too large to be read for this" in lines(run("check", peft_folder, "--for", "vllm"))
+
+
+@pytest.mark.parametrize("consumer", ["comfyui", "diffusers"])
+def test_an_adapter_of_a_language_model_passes_in_no_program_for_images(
+    run: Run, consumer: str, tmp_path: Path
+) -> None:
+    adapter = adaptertools.read(FIXTURES / "base" / "llama_tiny_lora")
+    adaptertools.write(adapter, tmp_path / "c.safetensors", format="kohya")
+    ran = run("check", tmp_path / "c.safetensors", "--for", consumer)
+    assert ran.code == 4
+    assert "model.layers.0.mlp.down_proj and 5 more modules" in ran.out
+    assert "a program for language models" in ran.out
+
+
+def test_a_version_before_the_first_that_was_read_is_said_to_be_unchecked(run: Run, peft_folder: Path) -> None:
+    ran = run("check", peft_folder, "--for", "vllm", "--version", "0.1")
+    assert "as far as it was checked" in lines(ran)[0]
+    said = "version not checked 0.1 is older than any that was read: its rules are not known, those of 0.6.6 follow"
+    assert said in lines(ran)
+    assert "version not checked" not in " ".join(lines(run("check", peft_folder, "--for", "vllm", "--version", "0.7")))
+
+
+def test_the_advice_to_convert_names_the_base_that_the_format_needs(run: Run) -> None:
+    src, base = FIXTURES / "base" / "llama_tiny_lora", FIXTURES / "base" / "llama_tiny"
+    assert "convert SRC DST --to gguf --base BASE" in run("check", src, "--for", "llama.cpp").out
+    assert f"convert SRC DST --to gguf --base {base}" in run("check", src, "--for", "llama.cpp", "--base", base).out
+    assert "--base BASE" not in run("check", src, "--for", "comfyui").out

@@ -223,3 +223,51 @@ def test_a_folder_may_be_converted_onto_itself(peft_folder: Path, run: Callable[
     ran = run("convert", peft_folder, peft_folder, "--to", "peft", "--dtype", "f32", "--overwrite")
     assert ran.code == 0, ran.err
     assert same(deltas(peft_folder), before)
+
+
+@pytest.mark.parametrize("to", ["peft", "mlx", "kohya"])
+def test_what_stands_beside_the_adapter_is_named_whatever_the_format_becomes(
+    to: str, peft_folder: Path, tmp_path: Path, run: Callable[..., Any]
+) -> None:
+    (peft_folder / "README.md").write_text("a card")
+    (peft_folder / "checkpoint-5").mkdir()
+    ran = run("convert", peft_folder, tmp_path / "x.safetensors", "--to", to, "--json")
+    assert f"not carried along from {peft_folder}: README.md, checkpoint-5/" in ran.json["notes"]
+
+
+@pytest.mark.parametrize("flags", [(), ("--overwrite",)])
+def test_a_folder_without_an_adapter_is_refused_at_once_and_overwrite_not_advised(
+    flags: tuple[str, ...], peft_folder: Path, tmp_path: Path, run: Callable[..., Any]
+) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").write_bytes(b"a")
+    ran = run("convert", peft_folder, tmp_path / "photos", "--to", "mlx", *flags)
+    assert ran.code == 1
+    assert "photos holds no file of an adapter, so it is not replaced: give another name" in ran.err
+    assert "--overwrite" not in ran.err
+
+
+def test_a_folder_is_no_name_for_a_format_that_is_one_file(
+    peft_folder: Path, tmp_path: Path, run: Callable[..., Any]
+) -> None:
+    ran = run("convert", peft_folder, f"{tmp_path}/new/", "--to", "kohya")
+    assert f"new/ names a folder, and this format is written as a file: give {tmp_path}/new/adapter.safeten" in ran.err
+    (tmp_path / "old").mkdir()
+    ran = run("convert", peft_folder, tmp_path / "old", "--to", "kohya")
+    assert f"give another name, or {tmp_path}/old/adapter.safetensors" in ran.err
+    assert run("convert", peft_folder, f"{tmp_path}/new/", "--to", "mlx").code == 0
+
+
+def test_a_file_without_a_suffix_is_noted(peft_folder: Path, tmp_path: Path, run: Callable[..., Any]) -> None:
+    note = "lora has no suffix, and programs look for one: lora.safetensors"
+    assert note in run("convert", peft_folder, tmp_path / "lora", "--to", "kohya", "--json").json["notes"]
+    named = run("convert", peft_folder, tmp_path / "v.pt", "--to", "loralib", "--json").json["notes"]
+    assert not any("suffix" in said for said in named)
+
+
+def test_a_dtype_that_overflows_is_not_called_damage(plain: Adapter, tmp_path: Path, run: Callable[..., Any]) -> None:
+    large = replace(plain, modules=tuple(replace(m, lora_B=m.lora_B + 1e6) for m in plain.modules))
+    adaptertools.write(large, tmp_path / "src", format="peft")
+    ran = run("convert", tmp_path / "src", tmp_path / "dst", "--to", "peft", "--dtype", "f16")
+    assert ran.code == 1
+    assert ran.err.endswith("values too large for f16: choose another --dtype\n")

@@ -100,7 +100,7 @@ def test_the_document_says_the_same(run: Run, peft_folder: Path, other_folder: P
                 "note": "",
             }
         ],
-        "dora": {"on_base": [], "in_parts": []},
+        "dora": {"on_base": [], "in_parts": [], "base_lacks": []},
         "others": [],
         "notes": ["base model: tiny/llama in A, tiny/other in B"],
     }
@@ -263,7 +263,7 @@ def test_with_its_base_what_dora_adds_is_compared(run: Run, tmp_path: Path) -> N
     assert ran.code == 4
     assert ran.json["relative_distance"] == pytest.approx(fixed.json["relative_error"], rel=1e-5)
     assert ran.json["weights"] == []
-    assert ran.json["dora"] == {"on_base": ["embed", "lin0", "lin1"], "in_parts": []}
+    assert ran.json["dora"] == {"on_base": ["embed", "lin0", "lin1"], "in_parts": [], "base_lacks": []}
     ran = run("diff", dora, tmp_path / "lora", "--base", base, "--tolerance", "1")
     assert ran.code == 0
     assert "DoRA 3 modules compared by what they add to the base model" in lines(ran)
@@ -275,8 +275,23 @@ def test_a_base_of_a_configuration_alone_leaves_dora_in_parts(run: Run, tmp_path
     adaptertools.convert(dora, tmp_path / "lora", to="peft", drop=["dora"])
     ran = run("diff", dora, tmp_path / "lora", "--base", tmp_path)
     assert (ran.code, ran.err) == (4, "")
-    assert any("compared by direction and magnitude alone, without the base weight" in line for line in lines(ran))
+    (said,) = [line for line in lines(ran) if line.startswith("DoRA")]
+    assert "compared by direction and magnitude alone, without the base weight: " in said
+    assert f"{tmp_path} has a config.json alone" in said
     assert any(line.startswith("magnitude lin0.magnitude: only in A") for line in lines(ran))
+
+
+def test_a_base_that_lacks_the_weights_of_dora_is_named_and_not_asked_for_again(run: Run, tmp_path: Path) -> None:
+    dora, base = FIXTURES / "peft" / "dora", FIXTURES / "base" / "llama_tiny"
+    adaptertools.convert(dora, tmp_path / "lora", to="peft", drop=["dora"])
+    ran = run("diff", dora, tmp_path / "lora", "--base", base)
+    assert (ran.code, ran.err) == (4, "")
+    (said,) = [line for line in lines(ran) if line.startswith("DoRA")]
+    assert f"embed: the base model has no such weight, and DoRA renormalises it. Is {base} the right" in said
+    assert said.endswith("; so for 2 more")
+    assert "--base" not in said
+    lacking = run("diff", dora, tmp_path / "lora", "--base", base, "--json").json["dora"]["base_lacks"]
+    assert [line.partition(":")[0] for line in lacking] == ["embed", "lin0", "lin1"]
 
 
 def test_names_of_gguf_take_a_base_of_a_configuration_alone(run: Run, tmp_path: Path) -> None:

@@ -95,6 +95,7 @@ def test_wrong_usage_exits_2(args: tuple[str, ...], run: Callable[..., Any]) -> 
         (("rescale", "src", "dst", "--alpha", "many"), "BadParameter", "'many' is not a valid float"),
         (("inspect", "src", "--nonsense"), "NoSuchOption", "No such option '--nonsense'"),
         (("nonsense",), "NoSuchCommand", "No such command 'nonsense'"),
+        (("convrt",), "NoSuchCommand", "No such command 'convrt'. Did you mean 'convert'?"),
         (("--nonsense", "formats"), "NoSuchOption", "No such option '--nonsense'"),
     ],
     ids=str,

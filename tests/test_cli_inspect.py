@@ -101,7 +101,7 @@ def test_a_large_adapter_is_looked_at_by_its_headers_alone(
     data[-4:] = torch.tensor([float("nan")]).numpy().tobytes()
     weights.write_bytes(data)
     assert any("NaN" in oddity for oddity in run("inspect", peft_folder, "--json").json["oddities"])
-    monkeypatch.setattr("adaptertools.cli.inspect._READ_AT_ONCE", 100)
+    monkeypatch.setattr("adaptertools.operations.sizes.READ_AT_ONCE", 100)
     assert run("inspect", peft_folder, "--json").json["oddities"] == []
     assert any("NaN" in oddity for oddity in run("inspect", peft_folder, "--modules", "--json").json["oddities"])
 

@@ -276,7 +276,7 @@ def test_base_models_that_differ_need_force(pair: list[Path], tmp_path: Path, ru
 @pytest.mark.parametrize(
     ("options", "word"),
     [
-        (["--weights", "1"], "1 weights for 2 adapters"),
+        (["--weights", "1"], "1 weight for 2 adapters"),
         (["--weights", "1,2,3"], "3 weights for 2 adapters"),
         (["--weights", "1;2"], "commas"),
         (["--weights", "1,nan"], "finite"),

@@ -172,9 +172,9 @@ def test_non_finite_values_are_refused_unless_allowed() -> None:
 
 
 def test_a_value_that_overflows_on_the_way_is_refused() -> None:
-    with pytest.raises(NonFiniteError, match="w as f16: 0 NaN and 1 infinite"):
+    with pytest.raises(NonFiniteError, match=r"^w: values too large for f16: choose another --dtype$"):
         Encoder(torch.float16).keep("w", torch.tensor([1e6])).compute()
-    with pytest.raises(NonFiniteError, match="1 infinite"):
+    with pytest.raises(NonFiniteError, match=r"^w: values too large for f32 once they are scaled by 2$"):
         Encoder().fold("w", torch.tensor([3e38]), 2.0).compute()
 
 

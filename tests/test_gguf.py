@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,6 +20,9 @@ from safetensors.torch import load_file, save_file
 import adaptertools
 from adaptertools import formats
 from adaptertools.adapter import Adapter, Base, Feature, HistoryEntry, Kind, LoraModule, ScaleRule, Target
+from adaptertools.containers import gguf as gguf_container
+from adaptertools.containers.history import HEADER_KEY
+from adaptertools.containers.source import Source
 from adaptertools.dialects.gguf.families import BY_ARCHITECTURE, FAMILIES
 from adaptertools.dialects.gguf.names import template
 from adaptertools.errors import (
@@ -31,6 +35,7 @@ from adaptertools.errors import (
     OptionError,
     ShapeError,
     UnclaimedTensorError,
+    UnknownFormatError,
     UnsupportedFeatureError,
 )
 from adaptertools.operations.select import select
@@ -211,7 +216,7 @@ def test_names_are_those_of_the_base_where_its_weights_are_given(tmp_path: Path)
     ("name", "said"),
     [
         (layer("mlp.experts.3.gate_proj"), "it has no name"),
-        (layer("self_attn.q_proj", 7), "of 2 layers"),
+        (layer("self_attn.sinks"), "of 2 layers"),
         (layer("block_sparse_moe.gate"), "not proven"),
         ("vision_tower.layers.0.self_attn.q_proj", "it has no name"),
         ("score", "it has no name"),
@@ -288,7 +293,7 @@ def test_rows_that_are_not_those_of_the_heads_are_an_error_both_ways(llama: Path
         written(module(layer("self_attn.q_proj"), rows=12), tmp_path / "a.gguf", base=llama)
     written(module(layer("self_attn.q_proj")), tmp_path / "a.gguf", base=llama)
     with pytest.raises(ShapeError, match=r"16 rows.*6 heads"):
-        adaptertools.read(tmp_path / "a.gguf", base=make_base(tmp_path / "other", num_attention_heads=6))
+        adaptertools.read(foreign(tmp_path / "a.gguf"), base=make_base(tmp_path / "other", num_attention_heads=6))
 
 
 # Embedding and head.
@@ -614,11 +619,126 @@ def test_a_linear_weight_that_is_stored_in_out_is_refused(llama: Path, tmp_path:
 
 def test_several_models_are_refused_and_one_is_said(llama: Path, tmp_path: Path) -> None:
     one, other = (
-        module("", target=Target(parameter=layer("mlp.up_proj"), component=name)) for name in ("text_encoder", "unet")
+        module("", target=Target(parameter=layer("mlp.up_proj"), component=name))
+        for name in ("text_encoder", "text_encoder_2")
     )
-    with pytest.raises(UnsupportedFeatureError, match="several models"):
+    with pytest.raises(UnsupportedFeatureError, match=r"several models .*--only 'COMPONENT:\*'"):
         written(Adapter(modules=(one, other)), tmp_path / "a.gguf", base=llama)
     assert "'text_encoder'" in written(one, tmp_path / "a.gguf", base=llama).notes[0]
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        Target(parameter="conv_in", component="unet"),
+        Target(parameter="transformer_blocks_0_attn_to_q", component="transformer", opaque=True),
+        Target(parameter="text_model.encoder.layers.0.self_attn.q_proj", component="text_encoder"),
+        Target(parameter="mid_block.attentions.0.to_q"),
+    ],
+    ids=str,
+)
+def test_adapters_of_image_models_are_refused_as_such_and_no_base_is_asked_for(target: Target, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedFeatureError, match="GGUF adapters are for language models") as raised:
+        written(module("", target=target), tmp_path / "a.gguf")
+    assert str(target) in str(raised.value)
+    assert "--base" not in str(raised.value)
+
+
+def test_an_image_model_is_named_before_its_convolutions(tmp_path: Path, run: Run) -> None:
+    unet = FIXTURES.parent / "kohya" / "unet_and_text_encoder" / "adapter.safetensors"
+    ran = run("convert", unet, tmp_path / "a.gguf", "--to", "gguf")
+    assert (ran.code, "GGUF adapters are for language models" in ran.err, "--drop" in ran.err) == (1, True, False)
+
+
+def test_that_a_configuration_is_enough_is_said_where_a_gguf_adapter_is_meant(llama: Path, tmp_path: Path) -> None:
+    said = "For GGUF adapters its config.json is enough"
+    written(module(layer("self_attn.v_proj")), tmp_path / "a.gguf", base=llama)
+    adapter = adaptertools.read(tmp_path / "a.gguf")
+    with pytest.raises(UnknownFormatError, match=f"cannot be the base model here.*{said}"):
+        adaptertools.read(tmp_path / "a.gguf", base=tmp_path / "a.gguf")
+    with pytest.raises(UnknownFormatError, match=said):
+        written(adapter, tmp_path / "b.gguf", base=tmp_path / "a.gguf")
+    adaptertools.write(adapter, tmp_path / "peft", format="peft")
+    with pytest.raises(UnknownFormatError, match="Give the Hugging Face folder") as raised:
+        adaptertools.read(tmp_path / "peft", base=tmp_path / "a.gguf")
+    assert "config.json" not in str(raised.value)
+
+
+# A base that is another.
+
+
+LLAMA_BASE = Path(__file__).parents[1] / "fixtures" / "base" / "llama_tiny"
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+def test_a_base_whose_weights_have_other_shapes_is_refused_when_a_file_is_read(tmp_path: Path, run: Run) -> None:
+    """Its heads would order the rows of q and k wrongly, and no row tells."""
+    base = tmp_path / "base"
+    shutil.copytree(LLAMA_BASE, base)
+    config = json.loads((base / "config.json").read_text())
+    config |= {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 4}
+    (base / "config.json").write_text(json.dumps(config))
+    ran = run("convert", FIXTURES / "llama_f32" / "adapter.gguf", tmp_path / "out", "--to", "peft", "--base", base)
+    assert ran.code == 1
+    assert "mlp.down_proj: the base has it in shape (32, 88), the adapter is for (32, 48)" in ran.err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("said", "what"),
+    [
+        ({"hidden_size": 64}, "q_proj: the base has it in shape"),
+        ({"intermediate_size": 64}, r"down_proj: the base has it in shape \(32, 64\), the adapter is for \(32, 48\)"),
+        ({"num_attention_heads": 2, "head_dim": 8}, r"q_proj: the base has it in shape \(16, 32\)"),
+        ({"num_key_value_heads": 4}, r"[kv]_proj: the base has it in shape \(32, 32\)"),
+    ],
+)
+@pytest.mark.parametrize("way", ["read", "write"])
+def test_a_configuration_that_says_other_sizes_is_refused_both_ways(
+    way: str, said: dict[str, Any], what: str, tmp_path: Path
+) -> None:
+    right, wrong = make_base(tmp_path / "right", **SIZES), make_base(tmp_path / "wrong", **(SIZES | said))
+    sizes = {"q_proj": (32, 32), "k_proj": (16, 32), "v_proj": (16, 32)}
+    modules = [module(layer(f"self_attn.{leaf}"), rows=rows, columns=n) for leaf, (rows, n) in sizes.items()]
+    modules += [module(layer("mlp.down_proj"), rows=32, columns=48)]
+    # what hides a wrong q behind down_proj, or the reverse, is left out
+    if "intermediate_size" in said:
+        modules = modules[-1:]
+    adapter = Adapter(modules=tuple(modules))
+    written(adapter, tmp_path / "a.gguf", base=right)
+    theirs = foreign(tmp_path / "a.gguf")
+    assert len(adaptertools.read(theirs, base=right).modules) == len(modules)
+    ways = {
+        "read": lambda: adaptertools.read(theirs, base=wrong),
+        "write": lambda: written(adapter, tmp_path / "b.gguf", base=wrong),
+    }
+    with pytest.raises(ShapeError, match=what):
+        ways[way]()
+
+
+def foreign(path: Path) -> Path:
+    """The file without our record, as another program would have written it."""
+    file, changed = Source(path).tensors(path.name), path.with_name("foreign.gguf")
+    header = {key: value for key, value in file.metadata.items() if key != HEADER_KEY}
+    gguf_container.write(changed, file.tensors, header)
+    return changed
+
+
+def test_heads_that_the_file_itself_says_otherwise_are_refused(llama: Path, tmp_path: Path) -> None:
+    written(module(layer("self_attn.q_proj")), tmp_path / "a.gguf", base=llama)
+    other = make_base(tmp_path / "other", num_attention_heads=2)
+    with pytest.raises(MatchError, match=r"made for a base of 4 heads.* the base given has 2 and 2"):
+        adaptertools.read(tmp_path / "a.gguf", base=other)
+
+
+def test_a_layer_that_the_base_does_not_have_is_said_both_ways(llama: Path, tmp_path: Path) -> None:
+    deeper = make_base(tmp_path / "deeper", num_hidden_layers=9)
+    adapter = Adapter(modules=(module(layer("self_attn.v_proj", 7)),))
+    with pytest.raises(MatchError, match=r"model\.layers\.7.* layer 7, and the base has only 2 layers"):
+        written(adapter, tmp_path / "a.gguf", base=llama)
+    written(adapter, tmp_path / "a.gguf", base=deeper)
+    with pytest.raises(MatchError, match=r"blk\.7\.attn_v.* layer 7, and the base has only 2 layers"):
+        adaptertools.read(tmp_path / "a.gguf", base=llama)
 
 
 # Real files.

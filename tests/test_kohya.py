@@ -28,6 +28,7 @@ from adaptertools.errors import (
     UnpairedFactorError,
     UnsupportedFeatureError,
 )
+from adaptertools.operations.select import select
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "kohya"
 CASES = sorted(folder.name for folder in FIXTURES.iterdir())
@@ -333,6 +334,57 @@ def test_dora_of_a_convolution_is_written_as_it_was(tmp_path: Path) -> None:
 
 
 # Names
+
+
+@pytest.mark.parametrize("to", ["peft", "mlx"])
+def test_flux_becomes_modules_of_other_formats_without_a_base(to: str, tmp_path: Path) -> None:
+    """Its flat names are a closed set; both then mean the same, fused projections split."""
+    flat = FIXTURES.parent / "diffusers" / "flux_kohya_dense" / "kohya.safetensors"
+    adaptertools.convert(flat, tmp_path / "made", to=to)
+    made = adaptertools.read(tmp_path / "made")
+    assert any(m.target.parameter == "transformer_blocks.0.attn.to_q" for m in made.modules)
+    assert not any(m.target.opaque for m in made.modules)
+    found = adaptertools.diff(adaptertools.read(flat), made)
+    assert found.same
+    assert {row.only_in for row in found.modules} == {None}
+
+
+def test_the_unet_of_sdxl_becomes_peft_without_a_base_and_is_compared_with_it(tmp_path: Path) -> None:
+    attention = "input_blocks_4_1_transformer_blocks_0_attn1_to_q"
+    tensors = {
+        f"lora_unet_{attention}.lora_down.weight": torch.randn(2, 6),
+        f"lora_unet_{attention}.lora_up.weight": torch.randn(6, 2),
+    }
+    save_file(tensors, tmp_path / "a.safetensors")
+    adaptertools.convert(tmp_path / "a.safetensors", tmp_path / "peft", to="peft")
+    made = adaptertools.read(tmp_path / "peft")
+    assert [str(m.target) for m in made.modules] == ["down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"]
+    found = adaptertools.diff(adaptertools.read(tmp_path / "a.safetensors"), made)
+    assert (found.same, [row.only_in for row in found.modules]) == (True, [None])
+
+
+@pytest.mark.parametrize("to", ["peft", "mlx", "diffusers", "loralib"])
+def test_a_base_that_was_given_and_has_none_of_the_names_is_not_asked_for_again(to: str, tmp_path: Path) -> None:
+    base = FIXTURES.parent / "base" / "llama_tiny"
+    unet = select(adaptertools.read(FIXTURES / "unet_and_text_encoder", base=base), only=["unet:*to_*"])
+    with pytest.raises(UnsupportedFeatureError, match=f"The base given, {base}, has no weight of that name"):
+        adaptertools.write(unet, tmp_path / "out", format=to)
+    bare = select(adaptertools.read(FIXTURES / "unet_and_text_encoder"), only=["unet:*to_*"])
+    with pytest.raises(UnsupportedFeatureError, match="Read the adapter with --base"):
+        adaptertools.write(bare, tmp_path / "out", format=to)
+
+
+@pytest.mark.parametrize("to", ["peft", "mlx", "loralib", "gguf"])
+def test_formats_of_one_model_say_how_to_write_each_of_several(to: str, tmp_path: Path) -> None:
+    encoder = LoraModule(
+        target=Target(parameter="model.layers.0.mlp.up_proj", component="text_encoder"),
+        lora_A=torch.ones(2, 4),
+        lora_B=torch.ones(6, 2),
+        alpha=1.0,
+    )
+    other = replace(encoder, target=replace(encoder.target, component="text_encoder_2"))
+    with pytest.raises(UnsupportedFeatureError, match=r"\(text_encoder, text_encoder_2\).*--only 'COMPONENT:\*'"):
+        adaptertools.write(Adapter(modules=(encoder, other)), tmp_path / "out", format=to)
 
 
 def test_without_a_base_names_stay_flat_and_every_operation_works_on_them(

@@ -128,12 +128,13 @@ CASES: dict[str, Callable[[], Adapter]] = {
     made.__name__: made for made in (plain, mixed, half_precision, dora, embedding, conv, two_models, opaque_names)
 }
 
-ONE_MODEL = "the adapter is for several models|state dict of one model"
+ONE_MODEL = "the adapter is for several models"
 NO_NAME = "could not be turned back|by the names of its layers"
 REFUSED = {
     ("conv", "loralib"): "Conv2d",
-    **{("two_models", name): ONE_MODEL for name in ("gguf", "loralib", "mlx", "peft")},
-    **{("opaque_names", name): NO_NAME for name in ("diffusers", "gguf", "loralib", "mlx", "peft")},
+    **{("two_models", name): ONE_MODEL for name in ("loralib", "mlx", "peft")},
+    **{("opaque_names", name): NO_NAME for name in ("diffusers", "loralib", "mlx", "peft")},
+    **{(name, "gguf"): "of an image model" for name in ("two_models", "opaque_names")},
 }
 """The adapters that a format refuses though it carries each of their features, and what the message says of it."""
 

@@ -22,6 +22,7 @@ from adaptertools.errors import (
     MissingAlphaError,
     OptionError,
     ShapeError,
+    UnknownFormatError,
     UnsupportedFeatureError,
 )
 
@@ -351,3 +352,18 @@ def test_sizes_that_no_model_has_take_no_memory(tmp_path: Path) -> None:
 def test_heads_that_are_no_number_are_refused(value: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="num_attention_heads is"):
         adaptertools.read(folder(tmp_path, pair(), {**MODEL, "num_attention_heads": value}))
+
+
+@pytest.mark.parametrize("chosen", [None, "torchtune"])
+@pytest.mark.parametrize("case", ["llama", "phi3"])
+def test_the_output_of_a_run_is_told_from_the_folder_of_an_epoch(case: str, chosen: str | None) -> None:
+    run = FIXTURES / "torchtune" / case
+    with pytest.raises(UnknownFormatError, match=rf"{case} holds epoch_0: give that, {run}/epoch_0$"):
+        adaptertools.read(run, format=chosen)
+
+
+def test_of_several_epochs_the_last_is_proposed(tmp_path: Path) -> None:
+    for epoch in (2, 10):
+        shutil.copytree(LLAMA, tmp_path / f"epoch_{epoch}")
+    with pytest.raises(UnknownFormatError, match=f"give one of them, such as {tmp_path}/epoch_10$"):
+        adaptertools.read(tmp_path)

@@ -31,6 +31,10 @@ class BaseWeights:
         """Those of a model here or on the Hub, which is opened, and downloaded whole, when the first is asked for."""
         return cls(lambda: open_model(localize(given, "model", token=token), config_suffices=True))
 
+    @property
+    def _label(self) -> str:
+        return self._model.label if isinstance(self._model, Model) else "it"
+
     def component(self, name: str) -> Checkpoint | None:
         """The model that a target's component means: the only one, or that of a pipeline; None if it has none."""
         with self._lock:
@@ -62,7 +66,10 @@ class BaseWeights:
                 "alone. Give the folder with its weights"
             )
         if not found or model is None:
-            raise MatchError(f"{module.target}: the base model has no such weight, and DoRA renormalises it")
+            raise MatchError(
+                f"{module.target}: the base model has no such weight, and DoRA renormalises it. Is {self._label} the "
+                "right base model?"
+            )
         if model.dtypes[found] not in _PLAIN:
             raise UnsupportedFeatureError(
                 f"{found} of the base model is quantised, and DoRA renormalises the weight that it stands for. Give "

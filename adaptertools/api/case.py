@@ -19,15 +19,20 @@ from adaptertools.consumers.rule import Consumer
 from adaptertools.consumers.subject import Subject
 from adaptertools.containers.checkpoint import Checkpoint
 from adaptertools.containers.pipeline import Model, Pipeline
-from adaptertools.containers.source import Source
+from adaptertools.containers.source import Located, Source
 from adaptertools.dialects.peft import files as peft_files
 from adaptertools.errors import AdapterToolsError, MatchError, OptionError, UnsupportedFeatureError
 from adaptertools.operations.plain import Plain, hollow, joined, plain
+from adaptertools.operations.sizes import READ_AT_ONCE
+from adaptertools.tensors import all_finite
 
 _CONFIG = "adapter_config.json"
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 _FOLDERS = ("peft", "mlx")
 """Formats of which a consumer opens files by name, beside a configuration."""
+
+_NEED_BASE = ("gguf",)
+"""Formats that are not written without a base model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,9 +81,11 @@ class Case:
             adapter=adapter,
             format=format,
             cap=self.cap,
+            nonfinite=_nonfinite(adapter),
             unmatched=tuple(self._unmatched(adapter)) if self.knows_weights else None,
             misshapen=tuple(self._misshapen(adapter)) if self.knows_weights else None,
             has_base=self.model is not None,
+            base_option=self._base_option,
             model_type=self._config.get("model_type"),
             tied=self._config.get("tie_word_embeddings") is True,
             num_layers=self._num_layers,
@@ -127,6 +134,13 @@ class Case:
     def knows_weights(self) -> bool:
         """Whether the base model is known by more than its configuration."""
         return isinstance(self.model, Pipeline) or (self.model is not None and bool(self.model.shapes))
+
+    @property
+    def _base_option(self) -> tuple[str, ...]:
+        """What `convert` to this consumer's format has to be given: the base that is known, or a word for it."""
+        if self.base is None:
+            return ("--base", "BASE") if self.consumer.writes in _NEED_BASE else ()
+        return "--base", str(self.base.path if isinstance(self.base, Located) else self.base)
 
     def _absent(self, adapter: Adapter) -> list[Target]:
         return absent(adapter.modules, self.consumer.layers, num_layers=self._num_layers)
@@ -212,6 +226,14 @@ def _expect_types(version: object, max_rank: object) -> None:
         raise OptionError(f"version is {version!r}, expected text such as '0.11.0'")
     if max_rank is not None and (not isinstance(max_rank, int) or isinstance(max_rank, bool)):
         raise OptionError(f"max rank is {max_rank!r}, expected a number from 1 on")
+
+
+def _nonfinite(adapter: Adapter) -> tuple[str, ...] | None:
+    """The tensors that hold NaN or infinity; None for an adapter that is too large to be read for that."""
+    tensors = adapter.named_tensors
+    if sum(tensor.nbytes for tensor in tensors.values()) > READ_AT_ONCE:
+        return None
+    return tuple(name for name, tensor in tensors.items() if not all_finite(tensor))
 
 
 def _is_tied_head(target: Target, model: Checkpoint) -> bool:

@@ -17,7 +17,7 @@ from adaptertools.api.verdict import Check, Fixed
 from adaptertools.api.writing import give_up, write
 from adaptertools.consumers.judge import Finding
 from adaptertools.consumers.mending import MENDED, WAYS_OUT
-from adaptertools.consumers.rule import Consumer, version_number
+from adaptertools.consumers.rule import UNCHECKED, Consumer, version_number
 from adaptertools.containers.source import Located, Source
 from adaptertools.errors import OptionError, UnsupportedFeatureError
 from adaptertools.hub.address import Address
@@ -176,7 +176,7 @@ def _check(
     assert adapter.origin is not None
     stands_as = adapter.origin.format
     target = _target(stands_as, case.consumer)
-    findings = case.judge_files(source, adapter, adapter_name)
+    findings = (*_too_old(case, asked), *case.judge_files(source, adapter, adapter_name))
     unmended = _unmended(case, adapter, target)
     is_broken = any(not finding.passes for finding in findings)
     return Check(
@@ -203,6 +203,15 @@ def _notes(case: Case, asked: str | None) -> tuple[str, ...]:
         verb, whose = ("was", "its") if len(read) == 1 else ("were", "their")
         return (f"{states} of {consumer.title} {verb} read, {', '.join(read)}: {whose} rules count for every version",)
     return (f"{asked} itself was not read: its rules are those of {case.version}. Read were {', '.join(read)}",)
+
+
+def _too_old(case: Case, asked: str | None) -> tuple[Finding, ...]:
+    """That nothing is known of a version before the first one that was read."""
+    oldest = case.consumer.versions[0]
+    if asked is None or not case.consumer.released or version_number(asked) >= version_number(oldest):
+        return ()
+    reason = f"{asked} is older than any that was read: its rules are not known, those of {oldest} follow"
+    return (Finding(rule="version", verdict=UNCHECKED, reason=reason, source=case.consumer.repository),)
 
 
 def _is_read(case: Case, asked: str) -> bool:

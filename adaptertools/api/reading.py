@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -11,7 +12,7 @@ from adaptertools.adapter import Adapter
 from adaptertools.api.places import Given, localize
 from adaptertools.containers.pipeline import Model, open_model
 from adaptertools.containers.source import Source
-from adaptertools.errors import OptionError
+from adaptertools.errors import OptionError, UnknownFormatError
 
 
 def read(
@@ -38,7 +39,7 @@ def read(
     """
     source = Source(localize(path, revision=revision, token=token))
     name = format or formats.detect(source)
-    model = None if base is None else open_base(base, token)
+    model = None if base is None else open_base(base, token, format=name)
     given = {"alpha": alpha, "slots": slots, "base": model}
     return _read(source, name, {key: value for key, value in given.items() if value is not None}, options)
 
@@ -81,12 +82,18 @@ def oddities(path: Given, *, format: str, **options: Any) -> tuple[str, ...]:
     return found
 
 
-def open_base(base: Given, token: str | None = None) -> Model:
-    """A base model by its headers, or by its config.json alone.
+def open_base(base: Given, token: str | None = None, *, format: str | None = None) -> Model:
+    """A base model by its headers, or by its config.json alone. `format` is that of the adapter that it is opened for.
 
     Raises: SourceNotFoundError, UnknownFormatError, HubError and the like
     """
-    return open_model(localize(base, "model", token=token, headers=True), config_suffices=True)
+    try:
+        return open_model(localize(base, "model", token=token, headers=True), config_suffices=True)
+    except UnknownFormatError as error:
+        advice = getattr(formats.get(format), "BASE_ADVICE", None) if format else None
+        if advice is None:
+            raise
+        raise UnknownFormatError(f"{error}. {advice}") from error
 
 
 def read_options(format: str) -> dict[str, inspect.Parameter]:
@@ -111,4 +118,7 @@ def _read(source: Source, name: str, given: Mapping[str, Any], options: Mapping[
     for key in {**given, **options}:
         if key not in accepted and key != "base":
             raise OptionError(f"reading {name} takes no {key!r}; it takes {', '.join(accepted) or 'no option'}")
-    return module.read(source, **{key: value for key, value in {**given, **options}.items() if key in accepted})
+    adapter = module.read(source, **{key: value for key, value in {**given, **options}.items() if key in accepted})
+    if given.get("base") is None or adapter.origin is None:
+        return adapter
+    return replace(adapter, origin=replace(adapter.origin, base=given["base"].label))

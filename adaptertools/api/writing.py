@@ -22,10 +22,12 @@ from adaptertools.destination import (
     Progress,
     check_beside,
     check_destination,
+    check_named,
     default_container,
     foreseen_size,
     left_behind,
     store,
+    unusual_name,
 )
 from adaptertools.encoding import Encoder, Loss
 from adaptertools.errors import OptionError
@@ -105,6 +107,7 @@ def write(
         how = {"container": container, "dtype": dtype, "drop": drop, "allow_nonfinite": allow_nonfinite, **options}
         how |= {"format": format, "operation": operation, "base": base, "on_progress": on_progress}
         return _write_there(adapter, dst, overwrite, token, how)
+    check_named(path, module)
     check_destination(dst, module, overwrite)
     check_beside(dst, module, adapter.origin)
     encoder = Encoder(_dtype(dtype), allow_nonfinite=allow_nonfinite)
@@ -112,7 +115,7 @@ def write(
     container = container or default_container(module, dst)
     artifact = _encode(kept, format, encoder, container=container, options=options, base=base, token=token)
     history = _history(kept, operation, format, given_up, encoder.losses)
-    behind = left_behind(dst, module, adapter.origin) if adapter.origin and adapter.origin.format == format else []
+    behind = [*left_behind(dst, adapter.origin), *unusual_name(dst, module, container)]
     unheld = [f"nothing to drop: the adapter holds no {kind}" for kind in drop if kind not in given_up]
     nbytes_on_disk = store(artifact, module, container, dst, history, on_progress)
     return WriteReport(
@@ -259,7 +262,7 @@ def _encode(
     formats.check_features(adapter, name)
     given = dict(options)
     if base is not None and "base" in option_types(module.write, ()):
-        given["base"] = open_base(base, token)
+        given["base"] = open_base(base, token, format=name)
     container = container or module.CONTAINERS[0]
     artifact: Artifact = module.write(adapter, encoder, container=container, **given)
     return _with_settings(artifact, name, container, adapter.metadata)

@@ -4,7 +4,7 @@ A command is one file of this folder that defines `command`; its file name is it
 underscore, and `options.py`, are what commands share. Commands import the library when they run, so that `--help` and
 shell completion never load torch.
 
-Exit codes: 0 done, 1 failed, 2 usage, 4 done and the answer is no (`diff`, `check`), 130 Ctrl-C.
+Exit codes: 0 done, 1 failed, 2 usage, 4 done and the answer is no (`diff`, `check`, `verify`), 130 Ctrl-C.
 """
 
 import os

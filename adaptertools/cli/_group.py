@@ -4,7 +4,7 @@ import importlib
 import json
 import os
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,17 @@ class Interrupted(Failed):
     exit_code = 130
 
 
+class NoSuchCommand(click.UsageError):
+    """A word that is no command, with the one that may be meant, as click has it for options."""
+
+    def __init__(self, word: str, known: Sequence[str], ctx: click.Context) -> None:
+        from difflib import get_close_matches  # here, since few ever need it
+
+        near = get_close_matches(word, known, n=1)
+        meant = f" Did you mean {near[0]!r}?" if near else ""
+        super().__init__(f"No such command {word!r}.{meant}", ctx)
+
+
 class Commands(click.Group):
     """The commands of this folder, found by file name and imported one at a time."""
 
@@ -58,6 +69,14 @@ class Commands(click.Group):
         module = importlib.import_module(f"{__package__}.{cmd_name.replace('-', '_')}")
         command: click.Command = module.command
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        known = self.list_commands(ctx)
+        if not ctx.resilient_parsing and args[0] not in known and not args[0].startswith("-"):
+            raise NoSuchCommand(args[0], known, ctx)
+        return super().resolve_command(ctx, args)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         ctx.meta[_JSON] = "--json" in args  # now, since a command that is used wrongly never gets to say it

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from adaptertools.errors import OptionError
+from adaptertools.errors import OptionError, count
 
 _TRUTH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
@@ -58,8 +58,8 @@ def type_name(annotation: Any) -> str:
     return "|".join(_choice_name(choice) for choice in _choices(annotation))
 
 
-def parse_weights(text: str | None, count: int) -> list[float] | None:
-    """A weight for each of `count` adapters, from numbers with commas between.
+def parse_weights(text: str | None, adapters: int) -> list[float] | None:
+    """A weight for each of so many adapters, from numbers with commas between.
 
     Raises: OptionError
     """
@@ -71,8 +71,9 @@ def parse_weights(text: str | None, count: int) -> list[float] | None:
         raise OptionError(f"--weights {text}: expected numbers with commas between, such as 0.7,0.3,-1") from None
     if not all(map(math.isfinite, weights)):
         raise OptionError(f"--weights {text}: expected finite numbers")
-    if len(weights) != count:
-        raise OptionError(f"--weights {text}: {len(weights)} weights for {count} adapters; give one for each, in order")
+    if len(weights) != adapters:
+        numbers = f"{count(len(weights), 'weight')} for {count(adapters, 'adapter')}"
+        raise OptionError(f"--weights {text}: {numbers}; give one for each, in order")
     return weights
 
 

@@ -94,9 +94,13 @@ def _dora_lines(found: "Difference") -> Iterator[str]:
         yield f"{count(len(found.dora_on_base), 'module')} compared by what they add to the base model"
     if found.dora_in_parts:
         names = few(list(found.dora_in_parts))
-        how = "by direction and magnitude alone, without the base weight: --base BASE, weights and all, compares what"
+        how = "by direction and magnitude alone, without the base weight"
         them = "it adds" if len(found.dora_in_parts) == 1 else "they add"
-        yield f"{count(len(found.dora_in_parts), 'module')} compared {how} {them}: {names}"
+        why = f"--base BASE, weights and all, compares what {them}: {names}"
+        if found.base_lacks:
+            others = len(found.base_lacks) - 1
+            why = found.base_lacks[0] + (f"; so for {others} more" if others else "")
+        yield f"{count(len(found.dora_in_parts), 'module')} compared {how}: {why}"
 
 
 def _zeros(number: int) -> str:
@@ -170,7 +174,11 @@ def _document(a: str, b: str, found: "Difference", modules: bool) -> dict[str, A
             }
             for weight in found.weights
         ],
-        "dora": {"on_base": list(found.dora_on_base), "in_parts": list(found.dora_in_parts)},
+        "dora": {
+            "on_base": list(found.dora_on_base),
+            "in_parts": list(found.dora_in_parts),
+            "base_lacks": list(found.base_lacks),
+        },
         "others": list(found.others),
         "notes": list(found.notes),
     }

@@ -11,9 +11,6 @@ if TYPE_CHECKING:
     from adaptertools.containers.source import Located
     from adaptertools.operations.summary import Summary
 
-_READ_AT_ONCE = 256_000_000
-"""Bytes of an adapter up to which its values are looked at unasked; of a larger one the headers must do."""
-
 
 @click.command("inspect", short_help="Say what an adapter is, and what is odd about it.")
 @click.argument("src")
@@ -30,11 +27,12 @@ def command(src: str, modules: bool, reading: Reading, output: Output) -> None:
 
     from adaptertools import api
     from adaptertools.cli._summary import summary_text
+    from adaptertools.operations.sizes import READ_AT_ONCE
     from adaptertools.operations.summary import summarize
 
     place, how, adapter = _read(src, modules, reading, output)
     summary = summarize(adapter)
-    looked = modules or (summary.nbytes <= _READ_AT_ONCE and not place.here)
+    looked = modules or (summary.nbytes <= READ_AT_ONCE and not place.here)
     if looked:
         summary = summarize(adapter, values=True)
         summary = replace(summary, oddities=(*summary.oddities, *api.oddities(place, **how)))

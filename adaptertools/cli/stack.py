@@ -81,7 +81,7 @@ def command(
     from adaptertools.adapter import merge_notes
     from adaptertools.cli._progress import progress
     from adaptertools.cli._values import parse_weights
-    from adaptertools.destination import check_destination
+    from adaptertools.destination import check_destination, check_named
     from adaptertools.operations.stack import stack
 
     *srcs, dst = _places(paths)
@@ -94,6 +94,7 @@ def command(
     how["drop"] = [kind for kind in writing.drop if not any(name.startswith(f"{kind}: ") for name in dropped)]
     how["base"] = sources.base
     if isinstance(place := api.as_destination(dst), Path):
+        check_named(dst, formats.get(how["format"]))
         check_destination(place, formats.get(how["format"]), how["overwrite"])
     elif not how["overwrite"]:
         api.check_there(place, how["format"], how["container"], token=sources.token)

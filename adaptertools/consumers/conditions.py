@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from adaptertools.adapter import Feature, LoraModule, WeightRole
-from adaptertools.consumers.layers import absent, place
+from adaptertools.consumers.layers import absent, is_of_language_model, place
 from adaptertools.consumers.rule import Condition, Layers
 from adaptertools.consumers.subject import Subject
 from adaptertools.module import Kind, ScaleRule, Target
@@ -178,6 +178,11 @@ def opaque(subject: Subject) -> list[str]:
 def opaque_unless(own: str) -> Condition:
     """Names that could not be turned back into module paths, where they are not the consumer's own."""
     return lambda subject: [] if subject.format == own else opaque(subject)
+
+
+def names_of_language_model(subject: Subject) -> list[str]:
+    """Modules whose names are recognisably those of a language model."""
+    return [str(m.target) for m in subject.adapter.modules if is_of_language_model(m.target)]
 
 
 def names_of_gpt2(subject: Subject) -> list[str]:

@@ -9,6 +9,15 @@ from adaptertools.adapter import LoraModule, Target
 from adaptertools.consumers.rule import Layers
 from adaptertools.names import leaf, parent
 
+_OF_LANGUAGE_MODEL = re.compile(
+    r"(base_model[._]model[._])?"
+    r"((model[._]|language_model[._])+layers[._]\d+[._](self_attn|mlp|block_sparse_moe|linear_attn)[._]"
+    r"|(transformer[._])?h[._]\d+[._](attn|mlp|self_attention)[._]"
+    r"|gpt_neox[._]layers[._]\d+[._])"
+)
+"""Names of layers in Llama and its kin, GPT-2 and its kin, and GPT-NeoX, also with `_` for `.`."""
+
+_FLAT_PREFIX = re.compile(r"lora_(unet|transformer)_")
 _LAYER = re.compile(r"^((?:[^.]+\.)*?)(\d+)(\..+)$")
 
 
@@ -30,6 +39,13 @@ def place(target: Target) -> Place | None:
     """The place of a target in its layer; None for one that stands in no layer, such as an output head."""
     match = _LAYER.match(target.parameter)
     return Place(target.component, match[1], int(match[2]), match[3]) if match else None
+
+
+def is_of_language_model(target: Target) -> bool:
+    """Whether a name is recognisably one of a language model, and not of the text encoder of an image model."""
+    if target.component.startswith("text_encoder"):
+        return False
+    return _OF_LANGUAGE_MODEL.match(_FLAT_PREFIX.sub("", target.parameter, count=1)) is not None
 
 
 def absent(modules: Sequence[LoraModule], layers: Layers, *, num_layers: int | None) -> list[Target]:

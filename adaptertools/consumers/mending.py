@@ -2,6 +2,8 @@
 
 _MERGE = "merge it into the base model (adaptertools merge)"
 WAYS_OUT = {
+    "finite": "the values are lost: take an earlier checkpoint, or train it again",
+    "names of a language model": "serve it with a program for language models: vllm, llama.cpp, mlx …",
     "DoRA": f"--base BASE, weights and all, makes it the nearest LoRA; or {_MERGE}",
     "DoRA of kohya": "diffusers reads it in its own format: adaptertools convert --to diffusers, --base for names; "
     "or --drop dora",

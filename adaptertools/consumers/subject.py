@@ -14,8 +14,9 @@ class Subject:
     `files` and `keys` are the names of its files and of its tensors, `config` is the JSON document beside them; all are
     empty for an adapter that stands in no file yet, which keeps the rules about them. `unmatched` are the modules that
     change nothing in the base model, `misshapen` those that it has in another size; None where no names of a base model
-    are known, even if `has_base` says that there is one. `model_type` and `num_layers` are those of its configuration,
-    and `tied` that its output head is its input embedding.
+    are known, even if `has_base` says that there is one. `nonfinite` are the tensors that hold NaN or infinity; None
+    where they were not read. `base_option` is what converting to the consumer's format needs of `--base`. `model_type`
+    and `num_layers` are those of its configuration, and `tied` that its output head is its input embedding.
     """
 
     adapter: Adapter
@@ -24,9 +25,11 @@ class Subject:
     files: tuple[str, ...] = ()
     keys: frozenset[str] = frozenset()
     config: Mapping[str, Any] = field(default_factory=dict)
+    nonfinite: tuple[str, ...] | None = ()
     unmatched: tuple[str, ...] | None = None
     misshapen: tuple[str, ...] | None = None
     has_base: bool = False
+    base_option: tuple[str, ...] = ()
     model_type: str | None = None
     num_layers: int | None = None
     tied: bool = False

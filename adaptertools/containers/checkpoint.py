@@ -231,7 +231,7 @@ def _shared(file: TensorFile) -> set[str]:
 def _gguf_refused(path: Path) -> UnknownFormatError:
     return UnknownFormatError(
         f"{path}: a GGUF file cannot be the base model here: its names, and the order of the rows of q and k, are "
-        f"llama.cpp's. Give the Hugging Face folder that it was made from; for GGUF adapters its {CONFIG} is enough"
+        "llama.cpp's. Give the Hugging Face folder that it was made from"
     )
 
 

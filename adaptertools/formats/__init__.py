@@ -86,6 +86,9 @@ def detect(source: Source) -> str:
 
 def check_features(adapter: Adapter, name: str) -> None:
     """Raises: UnsupportedFeatureError that names what the format cannot carry and who holds it."""
+    check = getattr(get(name), "check", None)
+    if check is not None:
+        check(adapter)
     _check_opaque(adapter, name)
     missing = sorted(adapter.features - get(name).CARRIES)
     if missing:
@@ -102,7 +105,7 @@ def _check_opaque(adapter: Adapter, name: str) -> None:
         if opaque and getattr(get(home), "OPAQUE_IS_OWN", False):
             raise UnsupportedFeatureError(
                 f"{_few(opaque)}: {home}'s own names, which could not be turned back, for weights whose rows {home} "
-                f"may have in another order; {name} would have them wrong. Read the adapter with --base"
+                f"may have in another order; {name} would have them wrong. {adapter.naming_advice}"
             )
 
 

@@ -43,8 +43,9 @@ from adaptertools.containers.history import HEADER_KEY, read_history, read_setti
 from adaptertools.containers.pipeline import Model, Pipeline
 from adaptertools.containers.source import Source
 from adaptertools.containers.tensorfile import TensorFile
-from adaptertools.dialects.diffusers import files, flux, metadata, sgm
+from adaptertools.dialects.diffusers import files, flux, metadata
 from adaptertools.dialects.diffusers.keys import COMPONENT, DIFFUSION_MODEL, Contents, sort_keys
+from adaptertools.dialects.diffusers.paths import unflattened
 from adaptertools.dialects.diffusers.write import Scale, component_tensors, few
 from adaptertools.dialects.peft.base import BaseModel, Checkpoint
 from adaptertools.dialects.peft.config import PeftConfig
@@ -191,7 +192,7 @@ def write(
     components: dict[str, list[LoraModule]] = {}
     for module in modules:
         components.setdefault(module.target.component, []).append(module)
-    _check_components(components)
+    _check_components(components, adapter.naming_advice)
     tensors: dict[str, Deferred] = {}
     fields: dict[str, Any] = {}
     notes: list[str] = []
@@ -219,7 +220,7 @@ def write(
 
 def _named(modules: Sequence[LoraModule], prefix: str | None, *, certain: bool) -> list[LoraModule]:
     """The modules under the names and the component that they are written with."""
-    named = sgm.unflatten(flux.unflatten(modules))
+    named = unflattened(modules)
     if prefix == DIFFUSION_MODEL and flux.has_diffusers_names(named, certain=certain):
         named = flux.to_native(named)
     elif flux.has_native_names(named) and any(_is_to_translate(module, prefix) for module in named):
@@ -237,14 +238,13 @@ def _is_to_translate(module: LoraModule, prefix: str | None) -> bool:
     return (prefix or module.target.component) != DIFFUSION_MODEL and module.target.parameter in flux.DIFFUSERS_NAMES
 
 
-def _check_components(components: Mapping[str, Sequence[LoraModule]]) -> None:
+def _check_components(components: Mapping[str, Sequence[LoraModule]], advice: str) -> None:
     if not components:
         raise UnsupportedFeatureError("the adapter has no module, and diffusers loads no file without factors")
     opaque = [module.target.parameter for members in components.values() for module in members if module.target.opaque]
     if opaque:
         raise UnsupportedFeatureError(
-            f"{few(opaque)}: names that could not be turned back into module paths, which diffusers needs. Read the "
-            "adapter with --base"
+            f"{few(opaque)}: names that could not be turned back into module paths, which diffusers needs. {advice}"
         )
     if "" in components and len(components) > 1:
         bare = components[""][0].target.parameter

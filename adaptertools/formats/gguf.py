@@ -37,10 +37,11 @@ from adaptertools.containers.history import read_history, read_settings
 from adaptertools.containers.source import Source
 from adaptertools.dialects.gguf.base import BaseFacts, facts_from_json, facts_of
 from adaptertools.dialects.gguf.families import BY_ARCHITECTURE, EMBEDDING, PERMUTED_TENSORS
+from adaptertools.dialects.gguf.fit import check_fit, heads_of
 from adaptertools.dialects.gguf.header import Header, parse
-from adaptertools.dialects.gguf.names import kind_of, parameter_names
+from adaptertools.dialects.gguf.names import check_layers, kind_of, parameter_names
 from adaptertools.dialects.gguf.pairs import LORA_A, LORA_B, WEIGHT, pair
-from adaptertools.dialects.gguf.places import check_fit, heads_of, odd_names, tensor_names
+from adaptertools.dialects.gguf.places import check_ends, check_models, odd_names, tensor_names
 from adaptertools.dialects.gguf.rows import in_halves, interleaved
 from adaptertools.dialects.peft.base import Checkpoint
 from adaptertools.encoding import Encoder, Loss
@@ -55,6 +56,7 @@ CONFIG = ".json"
 FILES = ("*.gguf",)
 CARRIES = frozenset({Feature.EMBEDDING, Feature.ALORA})
 OPAQUE_IS_OWN = True
+BASE_ADVICE = "For GGUF adapters its config.json is enough"
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _ROUNDING = 2.0**-24
@@ -72,20 +74,27 @@ def _files(source: Source) -> list[str]:
 
 
 def read(source: Source, *, base: Checkpoint | None = None, ignore_norms: bool = False) -> Adapter:
-    """Read a GGUF adapter. `base` settles names, and the heads by which rows of q and k are turned back.
+    """Read a GGUF adapter. `base` settles names, and the heads by which rows of q and k are turned back; every module
+    must fit it.
 
     `ignore_norms` leaves out norms that were trained along, as llama.cpp does.
 
     Memory: headers; the rows that are turned back, and quantised factors, are read
-    Raises: NotLoraError for models; MatchError if the base is another; UnclaimedTensorError and others of the tree
+    Raises: NotLoraError for models; MatchError and ShapeError if the base is another; UnclaimedTensorError and others
+            of the tree
     """
     name, metadata = _open(source)
     file = source.tensors(name)
     header = parse(source.label, metadata)
     pairs = pair(source.label, file.tensors, ignore_norms=ignore_norms)
     facts = _facts(source.label, header, base)
+    if facts is not None:
+        check_layers(pairs, facts)
     targets = _targets(pairs, header, facts, base)
-    modules = [_module(tensor, targets[tensor], *pairs[tensor], header.alpha, facts) for tensor in pairs]
+    found = {tensor: _module(tensor, targets[tensor], *pairs[tensor], header.alpha, facts) for tensor in pairs}
+    if facts is not None:
+        check_fit(found, facts, base)
+    modules = list(found.values())
     ignored = len(file.tensors) - 2 * len(pairs)
     return Adapter(
         modules=tuple(sorted(modules, key=lambda module: natural_order(str(module.target)))),
@@ -124,6 +133,13 @@ def _facts(label: str, header: Header, base: Checkpoint | None) -> BaseFacts | N
         raise MatchError(
             f"{label}: the adapter is for {header.architecture!r}, the base is a {facts.model_type!r} model, in GGUF "
             f"{facts.family.architecture!r}"
+        )
+    noted = header.facts
+    if noted is not None and (noted.heads, noted.kv_heads) != (facts.heads, facts.kv_heads):
+        raise MatchError(
+            f"{label}: it was made for a base of {noted.heads} heads, {noted.kv_heads} of them for k and v, which "
+            f"order the rows of q and k; the base given has {facts.heads} and {facts.kv_heads}. Is it the right base "
+            "model?"
         )
     return facts
 
@@ -180,6 +196,11 @@ def _opaque_notes(modules: Sequence[LoraModule], header: Header, facts: BaseFact
     return [f"the names are GGUF's own, for {header.architecture!r}: {why}"]
 
 
+def check(adapter: Adapter) -> None:
+    """Raises: UnsupportedFeatureError for adapters of image models, whatever else they hold, and of several"""
+    check_models(adapter)
+
+
 def write(adapter: Adapter, encoder: Encoder, *, container: str, base: Checkpoint | None = None) -> Artifact:
     """Write a GGUF adapter for the base model `base`, of which config.json is enough.
 
@@ -190,12 +211,14 @@ def write(adapter: Adapter, encoder: Encoder, *, container: str, base: Checkpoin
     """
     if not adapter.modules:
         raise UnsupportedFeatureError("the adapter has no module, and a GGUF adapter is made of pairs of factors")
+    check_models(adapter)
     carried = adapter.metadata.get("gguf", {})
     facts = facts_of(base) if base is not None else facts_from_json("the adapter", carried.get("base"))
     architecture = facts.family.architecture if facts else carried.get("architecture")
     tensors = tensor_names(adapter, facts, carried.get("architecture"))
     if facts is not None:
-        check_fit(adapter, tensors, facts, base)
+        check_ends(tensors, facts)
+        check_fit({tensors[module.target.parameter]: module for module in adapter.modules}, facts, base)
     alpha, folded = _scale(adapter.modules, encoder)
     written: dict[str, Deferred] = {}
     for module in adapter.modules:

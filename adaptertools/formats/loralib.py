@@ -297,11 +297,17 @@ def _layers(adapter: Adapter) -> dict[str, list[LoraModule]]:
     if not adapter.modules:
         raise UnsupportedFeatureError("the adapter holds whole weights alone, and a loralib file has factors")
     layers: dict[str, list[LoraModule]] = {}
-    several = len({module.target.component for module in adapter.modules}) > 1
+    components = sorted({module.target.component for module in adapter.modules})
+    if len(components) > 1:
+        raise UnsupportedFeatureError(
+            f"the adapter is for several models ({', '.join(components)}), a loralib file for one. "
+            "Write each with --only 'COMPONENT:*'"
+        )
     for module in adapter.modules:
-        if several or module.target.opaque:
+        if module.target.opaque:
             raise UnsupportedFeatureError(
-                f"{module.target}: a loralib file is the state dict of one model, by the names of its layers"
+                f"{module.target}: a loralib file is the state dict of one model, by the names of its layers. "
+                f"{adapter.naming_advice}"
             )
         layers.setdefault(module.target.parameter, []).append(module)
     return layers

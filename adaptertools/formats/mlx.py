@@ -38,13 +38,14 @@ from adaptertools.containers.artifact import Artifact
 from adaptertools.containers.checkpoint import Checkpoint
 from adaptertools.containers.history import HEADER_KEY, read_history, read_settings, unread_entries
 from adaptertools.containers.source import Source
+from adaptertools.dialects.diffusers.paths import with_paths
 from adaptertools.dialects.mlx import config as mlx_config
 from adaptertools.dialects.mlx import files as mlx_files
 from adaptertools.dialects.mlx import keys as mlx_keys
 from adaptertools.dialects.mlx import names as mlx_names
 from adaptertools.dialects.mlx.config import MlxConfig
 from adaptertools.dialects.mlx.keys import Group
-from adaptertools.dialects.mlx.layout import Layer, arrange
+from adaptertools.dialects.mlx.layout import Layer, arrange, check_components, check_names
 from adaptertools.dialects.mlx.modules import Reading, read_modules
 from adaptertools.dialects.mlx.record import Record, header
 from adaptertools.dialects.mlx.write import is_dora, tensors
@@ -129,6 +130,9 @@ def write(
             modules or along another axis, and stacks whose name in mlx-lm is not known; MatchError for modules that a
             base of mlx-lm does not have
     """
+    check_components(adapter.modules)
+    adapter = replace(adapter, modules=tuple(with_paths(adapter.modules)))
+    check_names(adapter)
     layers, record = arrange(adapter.modules, num_experts, mlx_names.experts_of(base) if base else None)
     if base is not None and mlx_names.is_of_mlx(base):
         layers, record = mlx_names.named_as_in(base, layers, record)

@@ -38,12 +38,14 @@ versions that they belong to.
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from adaptertools.adapter import Adapter, Feature, Origin, merge_notes
 from adaptertools.containers.artifact import Artifact
 from adaptertools.containers.history import read_history, read_settings, unread_entries
 from adaptertools.containers.source import Source
+from adaptertools.dialects.diffusers.paths import with_paths
 from adaptertools.dialects.peft import config as peft_config
 from adaptertools.dialects.peft import files as peft_files
 from adaptertools.dialects.peft import keys as peft_keys
@@ -171,6 +173,8 @@ def write(adapter: Adapter, encoder: Encoder, *, container: str, conv: str | Non
     """
     if conv not in (None, "svd"):
         raise OptionError(f'conv is {conv!r}, expected "svd" or nothing')
+    _check_components(adapter)
+    adapter = replace(adapter, modules=tuple(with_paths(adapter.modules)))
     _check_names(adapter)
     carried = adapter.metadata.get("peft", {})
     rule = _rule(adapter.modules)
@@ -227,7 +231,7 @@ def _rule(modules: Sequence[LoraModule]) -> ScaleRule:
     return ScaleRule.ALPHA_OVER_SQRT_RANK if modules and root else ScaleRule.ALPHA_OVER_RANK
 
 
-def _check_names(adapter: Adapter) -> None:
+def _check_components(adapter: Adapter) -> None:
     components = sorted({module.target.component for module in adapter.modules})
     if not adapter.modules:
         raise UnsupportedFeatureError("the adapter has no module, and PEFT loads no adapter without a target")
@@ -236,11 +240,14 @@ def _check_names(adapter: Adapter) -> None:
             f"the adapter is for several models ({', '.join(components)}), a PEFT folder for one. "
             "Write each with --only 'COMPONENT:*'"
         )
+
+
+def _check_names(adapter: Adapter) -> None:
     opaque = [module.target.parameter for module in adapter.modules if module.target.opaque]
     if opaque:
         raise UnsupportedFeatureError(
             f"{opaque[0]} is a name that could not be turned back into a module path, which PEFT needs. "
-            "Read the adapter with --base"
+            f"{adapter.naming_advice}"
         )
     if any(base.change for base in adapter.bases.values()) and any(module.target.rows for module in adapter.modules):
         raise UnsupportedFeatureError(

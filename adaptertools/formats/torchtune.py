@@ -43,7 +43,14 @@ from adaptertools.dialects.peft.base import Checkpoint
 from adaptertools.dialects.peft.config import PeftConfig
 from adaptertools.dialects.peft.files import weight_files
 from adaptertools.dialects.torchtune.families import Family, Rows, in_halves
-from adaptertools.dialects.torchtune.keys import MAGNITUDE, adapted, adapter_file, adapter_files, sort_keys
+from adaptertools.dialects.torchtune.keys import (
+    MAGNITUDE,
+    adapted,
+    adapter_file,
+    adapter_files,
+    adapter_folders,
+    sort_keys,
+)
 from adaptertools.encoding import Encoder
 from adaptertools.errors import ConfigError, OptionError, UnsupportedFeatureError
 from adaptertools.names import join
@@ -74,8 +81,15 @@ _NAMES = {
 
 
 def detect(source: Source) -> bool:
-    """Whether it is one raw file, or a folder with one and without an export to PEFT beside it."""
-    return bool(adapter_files(source)) and not (source.is_folder and weight_files(source))
+    """Whether it is one raw file, or a folder with one and without an export to PEFT beside it.
+
+    A folder of such folders counts: reading it will say which to give.
+    """
+    if not source.is_folder:
+        return bool(adapter_files(source))
+    if adapter_files(source):
+        return not weight_files(source)
+    return any(not weight_files(source.sub(name)) for name in adapter_folders(source))
 
 
 def read(source: Source, *, alpha: float | None = None, base: Checkpoint | None = None) -> Adapter:

@@ -34,6 +34,7 @@ class _Found:
     weights: Sequence[ValueDifference | None] = ()
     dora_on_base: Sequence[str] = ()
     dora_in_parts: Sequence[str] = ()
+    base_lacks: Sequence[str] = ()
 
 
 def diff(
@@ -87,12 +88,13 @@ def diff(
         notes=tuple(_notes(a, b)),
         dora_on_base=tuple(name for one in found for name in one.dora_on_base),
         dora_in_parts=tuple(name for one in found for name in one.dora_in_parts),
+        base_lacks=tuple(why for one in found for why in one.base_lacks),
     )
 
 
 def _tasks(a: Adapter, b: Adapter, base_weight: BaseWeight | None) -> Iterator[Callable[[], _Found]]:
     """One for each parameter and for each stored weight: those of A in its order, then what is only in B."""
-    one, other = flux.comparable(*_of_one_model(a.modules, b.modules))
+    one, other = map(tuple, _of_one_model(*flux.comparable(a.modules, b.modules)))
     ours, theirs = by_parameter(replace(a, modules=one)), by_parameter(replace(b, modules=other))
     for parameter in dict.fromkeys((*ours, *theirs)):
         yield partial(_compare_parameter, ours.get(parameter, ()), theirs.get(parameter, ()), base_weight)
@@ -130,7 +132,7 @@ def _compare_parameter(
     dora = [str(replace(m.target, rows=None)) for m in (*ours, *theirs) if m.magnitude is not None][:1]
     if dora and _are_equal(ours, theirs):
         return _Found(rows=[_identical(module) for module in ours], modules=ours, weights=[biases])
-    matrix = base_matrix((*ours, *theirs), base_weight)
+    matrix, lacking = base_matrix((*ours, *theirs), base_weight)
     if matrix is not None:
         found = [_compare_on_base(ours, theirs, rows, matrix) for rows in slices]
         return _Found(rows=found, modules=[None] * len(found), weights=[biases], dora_on_base=dora)
@@ -147,6 +149,7 @@ def _compare_parameter(
             biases,
         ],
         dora_in_parts=dora,
+        base_lacks=[lacking] if lacking else [],
     )
 
 
@@ -235,7 +238,7 @@ def _measured(
     """The row with the norm of a module that is equal bit for bit; NaN if it is not finite and nothing needs it."""
     if module is None:
         return row
-    matrix = base_matrix([module], base_weight)
+    matrix, _ = base_matrix([module], base_weight)
     if matrix is not None:
         norm = compare_on_base([module], [], module.target.rows, matrix).norm
     else:

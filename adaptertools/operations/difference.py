@@ -39,7 +39,7 @@ class Difference:
 
     DoRA adds what it makes of the base weight. Of the parameters in `dora_on_base` that was compared; of those in
     `dora_in_parts`, whose base weight is not known, direction and magnitude were, each by itself. Parameters that are
-    equal bit for bit stand in neither.
+    equal bit for bit stand in neither. `base_lacks` says of each in parts why the base that was given did not help.
     """
 
     tolerance: float
@@ -49,6 +49,7 @@ class Difference:
     notes: tuple[str, ...] = ()
     dora_on_base: tuple[str, ...] = ()
     dora_in_parts: tuple[str, ...] = ()
+    base_lacks: tuple[str, ...] = ()
 
     @property
     def norm(self) -> float | None:

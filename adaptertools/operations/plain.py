@@ -119,7 +119,8 @@ def _decomposed(
     for module in held:
         made[module.target] = low_rank(module, base_weight(module), rank)
     error, norm = (math.hypot(*(getattr(each, name) for each in made.values())) for name in ("error", "norm"))
-    done = Decomposed(modules=len(held), rank=rank, relative_error=error / norm if norm else 0.0, error=error)
+    reached = max(each.module.nominal_rank for each in made.values())
+    done = Decomposed(modules=len(held), rank=reached, relative_error=error / norm if norm else 0.0, error=error)
     return adapter.map_modules(lambda module: made[module.target].module if module.target in made else module), done
 
 

@@ -32,23 +32,24 @@ class Measured:
     cosine: float | None
 
 
-def base_matrix(modules: Sequence[LoraModule], base_weight: BaseWeight | None) -> Tensor | None:
-    """The weight of these modules' parameter as (out, in); None where none of them is DoRA, or it is not to be had.
+def base_matrix(modules: Sequence[LoraModule], base_weight: BaseWeight | None) -> tuple[Tensor | None, str]:
+    """The weight of these modules' parameter as (out, in), None where none of them is DoRA, or it is not to be had; and
+    why the base that was given does not have it.
 
     Raises: ShapeError if the base model has it in another shape
     """
     if base_weight is None or all(module.magnitude is None for module in modules):
-        return None
+        return None, ""
     try:
         weight = base_weight(modules[0])
-    except (MatchError, UnsupportedFeatureError):
-        return None
+    except (MatchError, UnsupportedFeatureError) as error:
+        return None, str(error)
     alike = sorted(modules, key=lambda module: module.transposed is None)
     fitting = next((module for module in alike if module.weight_shape == tuple(weight.shape)), alike[0])
     shape = tuple(weight.shape)
     if fitting.transposed is None and len(shape) == 2 and shape != fitting.weight_shape == shape[::-1]:
         fitting = replace(fitting, transposed=True)
-    return fitting.as_matrix(weight)
+    return fitting.as_matrix(weight), ""
 
 
 def compare_on_base(

@@ -17,6 +17,9 @@ _UNITS = {
     **{f"{prefix}ib": 1024**power for power, prefix in enumerate("kmgt", 1)},
 }
 
+READ_AT_ONCE = 256_000_000
+"""Bytes of an adapter up to which its values are looked at unasked; of a larger one the headers must do."""
+
 _LONGER_NAME = "-" * 60
 """How much longer the name of a tensor may be in a file than in a message."""
 

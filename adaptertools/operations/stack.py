@@ -154,7 +154,8 @@ def _sources(adapters: Sequence[Adapter], weights: Sequence[float] | None) -> li
         raise OptionError(f"weights is {weights!r:.40}, expected a list of numbers, one for each source")
     given = [1.0] * len(adapters) if weights is None else list(weights)
     if len(given) != len(adapters):
-        raise OptionError(f"{len(given)} weights for {len(adapters)} sources: give one for each, in their order")
+        numbers = f"{count(len(given), 'weight')} for {count(len(adapters), 'source')}"
+        raise OptionError(f"{numbers}: give one for each, in their order")
     for weight in given:
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not _is_usable(weight):
             raise OptionError(f"a weight is {weight!r:.40}, expected a finite number")

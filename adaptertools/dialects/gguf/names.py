@@ -14,6 +14,7 @@ from adaptertools.errors import MatchError, MissingExtraError, UnsupportedFeatur
 
 _BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+_ANY_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _OTHER_MODELS = re.compile(r"(^|\.)(visual|vision\w*|audio\w*|multi_modal_projector|mm_projector|talker)\.")
 """Parts of multimodal models that GGUF stores in another file."""
 
@@ -21,12 +22,15 @@ _OTHER_MODELS = re.compile(r"(^|\.)(visual|vision\w*|audio\w*|multi_modal_projec
 def tensor_namer(facts: BaseFacts) -> Callable[[str], str]:
     """What turns a parameter's name into GGUF's, both without `.weight`.
 
-    Raises, when called: UnsupportedFeatureError for a parameter that has no place, or one that is not known to be exact
+    Raises, when called: UnsupportedFeatureError for a parameter that has no place, or one not known to be exact;
+            MatchError for a layer that the base does not have
     """
     name_map = _name_map(facts.family, facts.layers)
 
     def name(parameter: str) -> str:
         tensor = _tensor(name_map, parameter)
+        if tensor is None and (layer := _ANY_LAYER.search(parameter)):
+            _check_layer(parameter, int(layer[1]), facts)
         if tensor is None or kind_of(tensor) not in (*facts.family.top, *facts.family.block):
             taken = ", ".join((*facts.family.top.values(), *facts.family.block.values()))
             raise UnsupportedFeatureError(
@@ -42,6 +46,21 @@ def _why(found: str | None, facts: BaseFacts) -> str:
     if found is not None:
         return f"it would be {found}, of which it is not proven that it means the same there"
     return f"it has no name in GGUF's {facts.family.architecture!r} of {facts.layers} layers"
+
+
+def check_layers(tensors: Iterable[str], facts: BaseFacts) -> None:
+    """Raises: MatchError for a tensor of a layer that the base does not have"""
+    for tensor in tensors:
+        if found := _BLOCK.fullmatch(tensor):
+            _check_layer(f"{tensor}.weight", int(found[1]), facts)
+
+
+def _check_layer(name: str, layer: int, facts: BaseFacts) -> None:
+    if layer >= facts.layers:
+        raise MatchError(
+            f"{name}: it is of layer {layer}, and the base has only {facts.layers} layers, counted from 0. Is it the "
+            "right base model?"
+        )
 
 
 def kind_of(tensor: str) -> str:

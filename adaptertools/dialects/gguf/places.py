@@ -1,15 +1,21 @@
 """Where the modules of an adapter stand in a GGUF file of its base, and whether llama.cpp would take them there."""
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 
 from adaptertools.adapter import Adapter, Kind
 from adaptertools.dialects.gguf.base import BaseFacts
-from adaptertools.dialects.gguf.families import BY_ARCHITECTURE, EMBEDDING, HEAD, PERMUTED_TENSORS
-from adaptertools.dialects.gguf.names import by_tensor, is_tensor, kind_of, template, template_namer, tensor_namer
-from adaptertools.dialects.gguf.rows import check_heads
-from adaptertools.dialects.peft.base import Checkpoint
-from adaptertools.errors import MatchError, OptionError, ShapeError, UnsupportedFeatureError
+from adaptertools.dialects.gguf.families import BY_ARCHITECTURE, EMBEDDING, HEAD
+from adaptertools.dialects.gguf.names import is_tensor, template, template_namer, tensor_namer
+from adaptertools.errors import OptionError, UnsupportedFeatureError
+
+_DENOISERS = ("unet", "transformer", "transformer_2", "prior", "diffusion_model", "controlnet")
+_IMAGE_NAMES = re.compile(
+    r"((text_model[._])?encoder[._](layers|block)"
+    r"|((down|up|input|output|transformer|single_transformer|double|single|joint)_blocks|mid_block|middle_block))[._]"
+)
+"""How names begin in the models of a diffusers pipeline: in CLIP and T5, and in what denoises."""
 
 
 def tensor_names(adapter: Adapter, facts: BaseFacts | None, read_from: str | None) -> dict[str, str]:
@@ -20,17 +26,13 @@ def tensor_names(adapter: Adapter, facts: BaseFacts | None, read_from: str | Non
     name = _namer(facts, read_from)
     architecture = facts.family.architecture if facts else read_from
     found: dict[str, str] = {}
-    if len({module.target.component for module in adapter.modules}) > 1:
-        raise UnsupportedFeatureError(
-            "the adapter is for several models, and GGUF for one. Write each with --only 'COMPONENT:*'"
-        )
     for module in adapter.modules:
         target = module.target
         known = not target.opaque or (is_tensor(target.parameter) and read_from == architecture is not None)
         if not known:
             raise UnsupportedFeatureError(
                 f"{target}: the name could not be turned back into that of a parameter, which GGUF calls by another "
-                "one. Read the adapter with --base"
+                f"one. {adapter.naming_advice}"
             )
         if module.transposed and module.kind is not Kind.EMBEDDING:
             raise UnsupportedFeatureError(f"{target}: its weight is stored (in, out), as in no model that GGUF takes")
@@ -39,6 +41,23 @@ def tensor_names(adapter: Adapter, facts: BaseFacts | None, read_from: str | Non
     if twice:
         raise UnsupportedFeatureError(f"several parameters would be written as {twice[0]}.weight")
     return found
+
+
+def check_models(adapter: Adapter) -> None:
+    """Raises: UnsupportedFeatureError for image models, and for several"""
+    for module in adapter.modules:
+        target = module.target
+        if target.component in _DENOISERS or module.kind is Kind.CONV or _IMAGE_NAMES.match(target.parameter):
+            raise UnsupportedFeatureError(
+                f"{target} is of an image model, and GGUF adapters are for language models: llama.cpp loads no other. "
+                "For image models there are kohya and diffusers"
+            )
+    components = sorted({module.target.component for module in adapter.modules})
+    if len(components) > 1:
+        raise UnsupportedFeatureError(
+            f"the adapter is for several models ({', '.join(components)}), a GGUF file for one. Write each with --only "
+            "'COMPONENT:*'"
+        )
 
 
 def _namer(facts: BaseFacts | None, read_from: str | None) -> Callable[[str], str]:
@@ -57,36 +76,18 @@ def _namer(facts: BaseFacts | None, read_from: str | None) -> Callable[[str], st
     return ask
 
 
-def check_fit(adapter: Adapter, tensors: Mapping[str, str], facts: BaseFacts, base: Checkpoint | None) -> None:
-    """Make sure that llama.cpp would take every module with this base.
+def check_ends(tensors: Mapping[str, str], facts: BaseFacts) -> None:
+    """Make sure that llama.cpp takes the embedding and the head.
 
-    Raises: UnsupportedFeatureError, MatchError, ShapeError
+    Raises: UnsupportedFeatureError where the base ties them
     """
-    shapes = base.shapes if base is not None else {}
-    known = by_tensor(facts.family, shapes, tensors.values())
-    for module in adapter.modules:
-        parameter, tensor = module.target.parameter, tensors[module.target.parameter]
+    for parameter, tensor in tensors.items():
         if facts.tied and tensor in (EMBEDDING, HEAD):
             what = "stops when an adapter changes both" if tensor == EMBEDDING else "then has no tensor for the head"
             raise UnsupportedFeatureError(
                 f"{parameter}: the base ties its head to its embedding, and llama.cpp {what}. Leave it out: --exclude "
                 f"{parameter}"
             )
-        heads = None if module.target.opaque else heads_of(tensor, facts)
-        if heads is not None:
-            check_heads(parameter, module.out_features, heads)
-        if shapes and tensor not in known:
-            raise MatchError(f"{parameter}: the base model has no such parameter. Is it the right base model?")
-        found = tuple(shapes[f"{known[tensor]}.weight"]) if shapes else module.weight_shape
-        if found != module.weight_shape:
-            raise ShapeError(f"{parameter}: the base has it in shape {found}, the adapter is for {module.weight_shape}")
-
-
-def heads_of(tensor: str, facts: BaseFacts | None) -> int | None:
-    """By how many heads the rows of a tensor are in another order; None where they are not."""
-    if facts is None or not facts.family.permuted or kind_of(tensor) not in PERMUTED_TENSORS:
-        return None
-    return facts.heads if kind_of(tensor) == "attn_q" else facts.kv_heads
 
 
 def odd_names(tensors: Mapping[str, str], facts: BaseFacts | None) -> dict[str, str]:

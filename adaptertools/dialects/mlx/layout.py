@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from adaptertools.adapter import Adapter
 from adaptertools.dialects.mlx.experts import EXPERTS, GATE_UP, STACK, part_of
 from adaptertools.dialects.mlx.modules import named_like_embedding
 from adaptertools.dialects.mlx.record import Experts, Record
@@ -43,12 +44,6 @@ def arrange(
     gate_up: dict[str, tuple[str, str]] = {}
     names: dict[str, str] = {}
     experts: dict[tuple[str, str], dict[int, LoraModule]] = {}
-    components = sorted({module.target.component for module in modules})
-    if len(components) > 1:
-        raise UnsupportedFeatureError(
-            f"the adapter is for several models ({', '.join(components)}), an MLX adapter for one. "
-            "Write each with --only 'COMPONENT:*'"
-        )
     for module in modules:
         name = _check(module)
         found = _EXPERT.fullmatch(name)
@@ -77,13 +72,28 @@ def arrange(
     return sorted(layers, key=lambda layer: natural_order(layer.path)), record
 
 
+def check_components(modules: Sequence[LoraModule]) -> None:
+    """Raises: UnsupportedFeatureError for an adapter of several models"""
+    components = sorted({module.target.component for module in modules})
+    if len(components) > 1:
+        raise UnsupportedFeatureError(
+            f"the adapter is for several models ({', '.join(components)}), an MLX adapter for one. "
+            "Write each with --only 'COMPONENT:*'"
+        )
+
+
+def check_names(adapter: Adapter) -> None:
+    """Raises: UnsupportedFeatureError for a name that could not be turned back; stacks of experts have mlx-lm's own"""
+    for module in adapter.modules:
+        if module.target.opaque and module.experts is None:
+            raise UnsupportedFeatureError(
+                f"{module.target} is a name that could not be turned back into a module path, which mlx-lm needs. "
+                f"{adapter.naming_advice}"
+            )
+
+
 def _check(module: LoraModule) -> str:
     target = module.target
-    if target.opaque and module.experts is None:
-        raise UnsupportedFeatureError(
-            f"{target} is a name that could not be turned back into a module path, which mlx-lm needs. "
-            "Read the adapter with --base"
-        )
     if module.kind is Kind.PARAMETER and module.experts is None:
         raise UnsupportedFeatureError(
             f"{target} is a bare parameter; mlx-lm adapts Linear, SwitchLinear and Embedding. "

@@ -10,6 +10,7 @@ from torch import Tensor
 from adaptertools.containers.source import Source
 from adaptertools.dialects.peft import config as peft_config
 from adaptertools.dialects.peft.leftovers import refuse_unread_checkpoint
+from adaptertools.dialects.torchtune import keys as torchtune_keys
 from adaptertools.errors import (
     AdapterToolsError,
     AmbiguousFormatError,
@@ -152,7 +153,7 @@ def adapter_folders(source: Source) -> list[str]:
 
 def _may_be_adapter(source: Source) -> bool:
     try:
-        return is_adapter_folder(source)
+        return is_adapter_folder(source) and not (torchtune_keys.adapter_files(source) and not weight_files(source))
     except FileError:
         return True
 

@@ -1,7 +1,7 @@
 """The keys of torchtune's raw adapter files: which file it is, and which tensors belong to which module."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -17,6 +17,7 @@ from adaptertools.errors import (
     UnsupportedFeatureError,
 )
 from adaptertools.names import strip_state_dict, strip_wrappers
+from adaptertools.tensors import natural_order
 
 MAGNITUDE = "magnitude"
 
@@ -44,6 +45,16 @@ def adapter_files(source: Source) -> list[str]:
     return [name for name in source.file_names if _FILE.fullmatch(name) and _is_sound_adapter(source, name)]
 
 
+def adapter_folders(source: Source) -> list[str]:
+    """The sub-folders that hold a raw file each, one for every epoch; none for a single file."""
+    return [name for name in source.folders if adapter_files(source.sub(name))] if source.is_folder else []
+
+
+def _one_of(source: Source, folders: Sequence[str]) -> str:
+    last = sorted(folders, key=natural_order)[-1]
+    return f"that, {source.label}/{last}" if len(folders) == 1 else f"one of them, such as {source.label}/{last}"
+
+
 def _is_sound_adapter(source: Source, name: str) -> bool:
     try:
         return source.container(name) in _CONTAINERS and is_adapter(source.tensors(name).tensors)
@@ -61,6 +72,8 @@ def adapter_file(source: Source) -> str:
         names = adapter_files(source) or [name for name in names if _FILE.fullmatch(name)]
     if len(names) > 1:
         raise AmbiguousFormatError(f"{source.label} holds {', '.join(names)}, one for each epoch: name the file")
+    if not names and (folders := adapter_folders(source)):
+        raise UnknownFormatError(f"{source.label} holds {', '.join(folders)}: give {_one_of(source, folders)}")
     if not names:
         raise UnknownFormatError(
             f"{source.label} holds no adapter_model.pt and no adapter_N.pt, the raw files of torchtune"
