@@ -13,7 +13,14 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from adaptertools.errors import AdapterError, DuplicateTargetError, OptionError, ShapeError, count
+from adaptertools.errors import (
+    AdapterError,
+    DuplicateTargetError,
+    OptionError,
+    ShapeError,
+    UnsupportedFeatureError,
+    count,
+)
 from adaptertools.module import Feature, Kind, LoraModule, RowSlice, ScaleRule, Target
 
 __all__ = [
@@ -256,6 +263,18 @@ class Adapter:
         if base is None:
             return "Read the adapter with --base"
         return f"The base given, {base}, has no weight of that name and shape. Is it the right base model?"
+
+    def check_one_model(self, holder: str) -> None:
+        """Make sure that the modules are of one model, as `holder`, "a PEFT folder" say, takes them.
+
+        Raises: UnsupportedFeatureError
+        """
+        components = sorted({module.target.component for module in self.modules})
+        if len(components) > 1:
+            raise UnsupportedFeatureError(
+                f"the adapter is for several models ({', '.join(components)}), {holder} for one. "
+                "Write each with --only 'COMPONENT:*'"
+            )
 
     @property
     def named_tensors(self) -> dict[str, Tensor]:

@@ -644,6 +644,13 @@ def test_adapters_of_image_models_are_refused_as_such_and_no_base_is_asked_for(t
     assert "--base" not in str(raised.value)
 
 
+def test_t5_is_no_image_model_but_a_family_that_is_refused(llama: Path, tmp_path: Path) -> None:
+    t5 = Target(parameter="encoder.block.0.layer.0.SelfAttention.q")
+    with pytest.raises(UnsupportedFeatureError, match="no name") as raised:
+        written(module("", target=t5), tmp_path / "a.gguf", base=llama)
+    assert "image" not in str(raised.value)
+
+
 def test_an_image_model_is_named_before_its_convolutions(tmp_path: Path, run: Run) -> None:
     unet = FIXTURES.parent / "kohya" / "unet_and_text_encoder" / "adapter.safetensors"
     ran = run("convert", unet, tmp_path / "a.gguf", "--to", "gguf")

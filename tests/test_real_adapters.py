@@ -138,8 +138,10 @@ CONFIGS = {
 }
 """What formats that need the base model's config.json read there."""
 
-OTHER_FAMILIES = (LORALIB, *PEFT, *DIFFUSERS)
-REFUSED = {(name, "gguf"): r"the base is a '\w+' model, whose tensors llama.cpp may store" for name in OTHER_FAMILIES}
+REFUSED = {
+    **{(name, "gguf"): r"the base is a '\w+' model, whose tensors llama.cpp may store" for name in (LORALIB, *PEFT)},
+    **{(name, "gguf"): "is of an image model, and GGUF adapters are for language models" for name in DIFFUSERS},
+}
 """The adapters that a format refuses beyond what its CARRIES says, and what the message says of it."""
 
 

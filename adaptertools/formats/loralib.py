@@ -297,12 +297,7 @@ def _layers(adapter: Adapter) -> dict[str, list[LoraModule]]:
     if not adapter.modules:
         raise UnsupportedFeatureError("the adapter holds whole weights alone, and a loralib file has factors")
     layers: dict[str, list[LoraModule]] = {}
-    components = sorted({module.target.component for module in adapter.modules})
-    if len(components) > 1:
-        raise UnsupportedFeatureError(
-            f"the adapter is for several models ({', '.join(components)}), a loralib file for one. "
-            "Write each with --only 'COMPONENT:*'"
-        )
+    adapter.check_one_model("a loralib file")
     for module in adapter.modules:
         if module.target.opaque:
             raise UnsupportedFeatureError(

@@ -45,7 +45,7 @@ from adaptertools.dialects.mlx import keys as mlx_keys
 from adaptertools.dialects.mlx import names as mlx_names
 from adaptertools.dialects.mlx.config import MlxConfig
 from adaptertools.dialects.mlx.keys import Group
-from adaptertools.dialects.mlx.layout import Layer, arrange, check_components, check_names
+from adaptertools.dialects.mlx.layout import Layer, arrange, check_names
 from adaptertools.dialects.mlx.modules import Reading, read_modules
 from adaptertools.dialects.mlx.record import Record, header
 from adaptertools.dialects.mlx.write import is_dora, tensors
@@ -130,7 +130,7 @@ def write(
             modules or along another axis, and stacks whose name in mlx-lm is not known; MatchError for modules that a
             base of mlx-lm does not have
     """
-    check_components(adapter.modules)
+    adapter.check_one_model("an MLX adapter")
     adapter = replace(adapter, modules=tuple(with_paths(adapter.modules)))
     check_names(adapter)
     layers, record = arrange(adapter.modules, num_experts, mlx_names.experts_of(base) if base else None)

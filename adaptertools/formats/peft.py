@@ -173,7 +173,9 @@ def write(adapter: Adapter, encoder: Encoder, *, container: str, conv: str | Non
     """
     if conv not in (None, "svd"):
         raise OptionError(f'conv is {conv!r}, expected "svd" or nothing')
-    _check_components(adapter)
+    if not adapter.modules:
+        raise UnsupportedFeatureError("the adapter has no module, and PEFT loads no adapter without a target")
+    adapter.check_one_model("a PEFT folder")
     adapter = replace(adapter, modules=tuple(with_paths(adapter.modules)))
     _check_names(adapter)
     carried = adapter.metadata.get("peft", {})
@@ -229,17 +231,6 @@ def _rule(modules: Sequence[LoraModule]) -> ScaleRule:
     """use_rslora holds for all layers or none."""
     root = all(module.scale_rule is ScaleRule.ALPHA_OVER_SQRT_RANK for module in modules)
     return ScaleRule.ALPHA_OVER_SQRT_RANK if modules and root else ScaleRule.ALPHA_OVER_RANK
-
-
-def _check_components(adapter: Adapter) -> None:
-    components = sorted({module.target.component for module in adapter.modules})
-    if not adapter.modules:
-        raise UnsupportedFeatureError("the adapter has no module, and PEFT loads no adapter without a target")
-    if len(components) > 1:
-        raise UnsupportedFeatureError(
-            f"the adapter is for several models ({', '.join(components)}), a PEFT folder for one. "
-            "Write each with --only 'COMPONENT:*'"
-        )
 
 
 def _check_names(adapter: Adapter) -> None:

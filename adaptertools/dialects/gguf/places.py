@@ -12,10 +12,10 @@ from adaptertools.errors import OptionError, UnsupportedFeatureError
 
 _DENOISERS = ("unet", "transformer", "transformer_2", "prior", "diffusion_model", "controlnet")
 _IMAGE_NAMES = re.compile(
-    r"((text_model[._])?encoder[._](layers|block)"
+    r"(text_model[._]encoder[._]layers"
     r"|((down|up|input|output|transformer|single_transformer|double|single|joint)_blocks|mid_block|middle_block))[._]"
 )
-"""How names begin in the models of a diffusers pipeline: in CLIP and T5, and in what denoises."""
+"""How names begin in the models of a diffusers pipeline: in CLIP, and in what denoises."""
 
 
 def tensor_names(adapter: Adapter, facts: BaseFacts | None, read_from: str | None) -> dict[str, str]:
@@ -52,12 +52,7 @@ def check_models(adapter: Adapter) -> None:
                 f"{target} is of an image model, and GGUF adapters are for language models: llama.cpp loads no other. "
                 "For image models there are kohya and diffusers"
             )
-    components = sorted({module.target.component for module in adapter.modules})
-    if len(components) > 1:
-        raise UnsupportedFeatureError(
-            f"the adapter is for several models ({', '.join(components)}), a GGUF file for one. Write each with --only "
-            "'COMPONENT:*'"
-        )
+    adapter.check_one_model("a GGUF file")
 
 
 def _namer(facts: BaseFacts | None, read_from: str | None) -> Callable[[str], str]:

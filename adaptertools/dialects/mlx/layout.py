@@ -72,16 +72,6 @@ def arrange(
     return sorted(layers, key=lambda layer: natural_order(layer.path)), record
 
 
-def check_components(modules: Sequence[LoraModule]) -> None:
-    """Raises: UnsupportedFeatureError for an adapter of several models"""
-    components = sorted({module.target.component for module in modules})
-    if len(components) > 1:
-        raise UnsupportedFeatureError(
-            f"the adapter is for several models ({', '.join(components)}), an MLX adapter for one. "
-            "Write each with --only 'COMPONENT:*'"
-        )
-
-
 def check_names(adapter: Adapter) -> None:
     """Raises: UnsupportedFeatureError for a name that could not be turned back; stacks of experts have mlx-lm's own"""
     for module in adapter.modules:
