@@ -120,6 +120,11 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data
 
 
+def as_bits(tensor: Tensor) -> Tensor:
+    """The same bytes as integers, by which -0 is not 0 and a NaN is what it is."""
+    return tensor.view(_BITS[tensor.itemsize])
+
+
 def all_finite(tensor: Tensor) -> bool:
     """Whether no element is NaN or infinite, in one pass and without a temporary of the tensor's size."""
     if tensor.numel() == 0 or not tensor.is_floating_point():
@@ -130,6 +135,7 @@ def all_finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _CARRIED = "; --allow-nonfinite carries them along"
 
 

@@ -59,12 +59,14 @@ class Case:
         headers = None if model is None else BaseWeights(model)
         return cls(consumer=consumer, version=read, cap=cap, base=base, token=token, model=model, headers=headers)
 
-    def judge_files(self, source: Source, adapter: Adapter, adapter_name: str | None) -> tuple[Finding, ...]:
+    def judge_files(
+        self, source: Source, adapter: Adapter, adapter_name: str | None, nonfinite: tuple[str, ...] | None
+    ) -> tuple[Finding, ...]:
         """What every rule says of an adapter and of the files that it was read from."""
         assert adapter.origin is not None
         stands_as = adapter.origin.format
         if stands_as not in self.consumer.formats:
-            return self.judge(adapter, stands_as)
+            return self.judge(adapter, stands_as, nonfinite)
         if stands_as == "peft":
             source = peft_files.open_adapter(source, adapter_name)[0].source
         known: dict[str, Any] = {"config": source.document(_CONFIG) or {}}
@@ -73,15 +75,24 @@ class Case:
         if stands_as != "peft":
             held = [source.tensors(name) for name in source.tensor_names]
             known["keys"] = frozenset(key for file in held for key in file.tensors)
-        return self.judge(adapter, stands_as, known)
+        return self.judge(adapter, stands_as, nonfinite, known)
 
-    def judge(self, adapter: Adapter, format: str, known: Mapping[str, Any] | None = None) -> tuple[Finding, ...]:
-        """What every rule says of an adapter in this format; `known` is what its files say, if it stands in any."""
+    def judge(
+        self,
+        adapter: Adapter,
+        format: str,
+        nonfinite: tuple[str, ...] | None,
+        known: Mapping[str, Any] | None = None,
+    ) -> tuple[Finding, ...]:
+        """What every rule says of an adapter in this format; `known` is what its files say, if it stands in any.
+
+        `nonfinite` is `nonfinite_tensors`, for which all values are read: once for all that is asked of an adapter.
+        """
         subject = Subject(
             adapter=adapter,
             format=format,
             cap=self.cap,
-            nonfinite=_nonfinite(adapter),
+            nonfinite=nonfinite,
             unmatched=tuple(self._unmatched(adapter)) if self.knows_weights else None,
             misshapen=tuple(self._misshapen(adapter)) if self.knows_weights else None,
             has_base=self.model is not None,
@@ -228,7 +239,7 @@ def _expect_types(version: object, max_rank: object) -> None:
         raise OptionError(f"max rank is {max_rank!r}, expected a number from 1 on")
 
 
-def _nonfinite(adapter: Adapter) -> tuple[str, ...] | None:
+def nonfinite_tensors(adapter: Adapter) -> tuple[str, ...] | None:
     """The tensors that hold NaN or infinity; None for an adapter that is too large to be read for that."""
     tensors = adapter.named_tensors
     if sum(tensor.nbytes for tensor in tensors.values()) > READ_AT_ONCE:

@@ -10,7 +10,7 @@ from typing import Any
 
 from adaptertools import consumers, containers, formats
 from adaptertools.adapter import Adapter, HistoryEntry, merge_notes
-from adaptertools.api.case import Case
+from adaptertools.api.case import Case, nonfinite_tensors
 from adaptertools.api.places import Given, localize
 from adaptertools.api.reading import read
 from adaptertools.api.verdict import Check, Fixed
@@ -176,8 +176,9 @@ def _check(
     assert adapter.origin is not None
     stands_as = adapter.origin.format
     target = _target(stands_as, case.consumer)
-    findings = (*_too_old(case, asked), *case.judge_files(source, adapter, adapter_name))
-    unmended = _unmended(case, adapter, target)
+    nonfinite = nonfinite_tensors(adapter)
+    findings = (*_too_old(case, asked), *case.judge_files(source, adapter, adapter_name, nonfinite))
+    unmended = _unmended(case, adapter, target, nonfinite)
     is_broken = any(not finding.passes for finding in findings)
     return Check(
         label=source.label,
@@ -230,16 +231,17 @@ def _word(value: object) -> str:
     return str(value.path) if isinstance(value, Located) else str(value)
 
 
-def _unmended(case: Case, adapter: Adapter, format: str) -> tuple[str, ...]:
+def _unmended(case: Case, adapter: Adapter, format: str, nonfinite: tuple[str, ...] | None) -> tuple[str, ...]:
     """The rules that would still be broken by a plain adapter, of all that can be told without making it."""
-    broken = [finding.rule for finding in case.judge(adapter, format) if not finding.passes]
+    broken = [finding.rule for finding in case.judge(adapter, format, nonfinite) if not finding.passes]
     mended = (*MENDED, "DoRA") if case.knows_weights else MENDED
     return tuple(rule for rule in dict.fromkeys(broken) if rule not in mended)
 
 
 def _expect_mended(case: Case, adapter: Adapter, format: str) -> None:
     """Raises: UnsupportedFeatureError that names what stands in the way, and the way out of it"""
-    broken = [finding for finding in case.judge(adapter, format) if not finding.passes]
+    judged = case.judge(adapter, format, nonfinite_tensors(adapter))
+    broken = [finding for finding in judged if not finding.passes]
     if broken:
         said = [f"{finding.rule} ({_few(finding)}): {WAYS_OUT.get(finding.rule, 'no way known')}" for finding in broken]
         raise UnsupportedFeatureError(f"not to be mended for {case.consumer.title}: {'. '.join(said)}")

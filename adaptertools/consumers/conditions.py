@@ -166,6 +166,9 @@ def misshapen(subject: Subject) -> Sequence[str] | None:
     return subject.misshapen
 
 
+UNTOLD_FAMILY = "whether this release supports LoRA for this model family is not among the rules"
+
+
 def untold(subject: Subject) -> None:
     """What no file tells."""
 

@@ -46,14 +46,15 @@ def format_json(document: Mapping[str, Any]) -> str:
     try:
         return json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
     except ValueError as error:
-        odd = ", ".join(key for key, value in document.items() if not _is_json(value))
+        odd = ", ".join(key for key, value in document.items() if not is_json(value))
         raise UnsupportedFeatureError(f"JSON holds no NaN and no infinity; one stands under {odd}") from error
 
 
-def _is_json(value: object) -> bool:
+def is_json(value: object) -> bool:
+    """Whether JSON can say it, which knows no NaN and no infinity, and of Python's types the plain ones."""
     try:
         json.dumps(value, allow_nan=False)
-    except ValueError:
+    except (TypeError, ValueError):
         return False
     return True
 

@@ -63,8 +63,8 @@ class MergePlan:
     @property
     def cast(self) -> tuple[str, ...]:
         """The names of the tensors of which another dtype is all that changes."""
-        cast = ((name, edit) for name, edit in self.edits.items() if self._is_cast(edit))
-        return tuple(name for name, edit in cast if not (edit.computes or edit.rows or edit.source != name))
+        changed = {*self.changed}
+        return tuple(name for name in self.edits if name not in changed)
 
     def nbytes(self, name: str) -> int:
         """The bytes of one tensor of the result."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from adaptertools.merging.scratch import scratch
+from adaptertools.tensors import as_bits
 
 Sums = tuple[float, float, float, float]
 """Σ δ², Σ W², Σ (W' − W − δ)², and the count of elements that stay as they are"""
@@ -22,8 +23,6 @@ _TILE_COLUMNS = {"cpu": 6144, "cuda": 1 << 24}
 _RANKS_AT_ONCE = 32
 _RANKS_AT_ONCE_FOR_BF16 = 128
 """A chain of that many has an error of 3e-7, which rounding to bfloat16 leaves nothing of, and to float16 too much."""
-
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 _BELOW_F16, _HALF_F16 = (1 << 13) - 1, 1 << 12
 """The bits of a float32 that float16 has no room for, and what they are halfway between two of its numbers."""
@@ -158,7 +157,6 @@ class _Tile:
     def sums(self) -> Sums | Tensor:
         """Spends the tile's sum."""
         plain = self._weight if self._weight.dtype == self.rounded.dtype else self._weight.to(self.rounded.dtype)
-        bits = _BITS[plain.itemsize]
         if self.rounded.dtype == self._sum.dtype:
             # W' − W is exact where δ is the smaller, and what it lacks of δ is what the addition lost
             lost = self._sum.sub_(self._wide).sub_(self._delta)
@@ -166,9 +164,9 @@ class _Tile:
             lost = self._sum.sub_(self.rounded)
         values = (self._delta, self._wide, lost)
         if self._weight.device.type != "cpu":
-            same = (plain.view(bits) == self.rounded.view(bits)).sum(dtype=torch.float64)
+            same = (as_bits(plain) == as_bits(self.rounded)).sum(dtype=torch.float64)
             return torch.stack([*(torch.linalg.vector_norm(each, dtype=torch.float64) ** 2 for each in values), same])
-        unchanged = float(np.count_nonzero(plain.view(bits).numpy() == self.rounded.view(bits).numpy()))
+        unchanged = float(np.count_nonzero(as_bits(plain).numpy() == as_bits(self.rounded).numpy()))
         return (*(_square(each) for each in values), unchanged)  # type: ignore[return-value]
 
 

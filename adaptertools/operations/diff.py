@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from adaptertools.adapter import Adapter, Base, LoraModule, RowSlice, RowWeights, expect_adapter
-from adaptertools.dialects.diffusers import flux
+from adaptertools.dialects.diffusers.paths import comparable
 from adaptertools.errors import OptionError
 from adaptertools.linalg import delta_norm
 from adaptertools.operations.agree import model_name
@@ -94,7 +94,7 @@ def diff(
 
 def _tasks(a: Adapter, b: Adapter, base_weight: BaseWeight | None) -> Iterator[Callable[[], _Found]]:
     """One for each parameter and for each stored weight: those of A in its order, then what is only in B."""
-    one, other = map(tuple, _of_one_model(*flux.comparable(a.modules, b.modules)))
+    one, other = map(tuple, _of_one_model(*comparable(a.modules, b.modules)))
     ours, theirs = by_parameter(replace(a, modules=one)), by_parameter(replace(b, modules=other))
     for parameter in dict.fromkeys((*ours, *theirs)):
         yield partial(_compare_parameter, ours.get(parameter, ()), theirs.get(parameter, ()), base_weight)

@@ -6,6 +6,7 @@ those of one GPU; with several its kernels pad to 8 times as many.
 
 from adaptertools.adapter import Feature
 from adaptertools.consumers.conditions import (
+    UNTOLD_FAMILY,
     alphas_unlike_lora_alpha,
     bias_trained,
     changed_base,
@@ -30,7 +31,6 @@ from adaptertools.consumers.rule import CHANGES, FAILS, NOTE, UNCHECKED, Consume
 _LORA = "server/lorax_server/adapters/lora.py"
 _PUNICA = "server/lorax_server/utils/punica.py"
 _SOURCE = "server/lorax_server/utils/sources/local.py"
-_FAMILY = "whether this release supports LoRA for this model family is not among the rules"
 _EVERY = Layers(every=True)
 _UNREAD = "unread, so the adapter is loaded as a plain one"
 _ONE_SCALE = "unread: one scaling, from lora_alpha and r, counts for every module"
@@ -74,7 +74,7 @@ CONSUMER = Consumer(
         Rule("expert stacks", holds(Feature.PARAMETER), CHANGES, "left out: no layer type of it", _LORA),
         Rule("fused slots", holds(Feature.FUSED_ROWS), FAILS, "lora_B of PEFT before 0.3 is no matrix", _LORA),
         Rule("convolutions", holds(Feature.CONV), CHANGES, "left out: no layer type of it", _LORA),
-        Rule("architecture", untold, UNCHECKED, _FAMILY, _LORA),
+        Rule("architecture", untold, UNCHECKED, UNTOLD_FAMILY, _LORA),
         Rule("module names", opaque, CHANGES, "left out with a warning: no module path of the model", _LORA),
         Rule("names in the base", unmatched, CHANGES, "left out with a warning: no such module", _LORA),
         Rule("sizes in the base", misshapen, FAILS, "of another size there", _LORA),

@@ -6,6 +6,7 @@ Read in the releases that `versions` names, in sglang/srt/lora/. Between two of 
 
 from adaptertools.adapter import Feature
 from adaptertools.consumers.conditions import (
+    UNTOLD_FAMILY,
     alphas_unlike_lora_alpha,
     bias_trained,
     changed_base,
@@ -29,7 +30,6 @@ _LORA = "sglang/srt/lora/lora.py"
 _CONFIG = "sglang/srt/lora/lora_config.py"
 _POOL = "sglang/srt/lora/mem_pool.py"
 _MANAGER = "sglang/srt/lora/lora_manager.py"
-_FAMILY = "whether this release supports LoRA for this model family is not among the rules"
 _QKV = Layers(together=("q_proj", "k_proj", "v_proj"), wanted=("q_proj", "v_proj"))
 _UNREAD = "unread, so the adapter is loaded as a plain one"
 
@@ -78,7 +78,7 @@ CONSUMER = Consumer(
         Rule("expert stacks", holds(Feature.PARAMETER), NOTE, "for mixture models that it wraps, no others", _LORA),
         Rule("fused slots", holds(Feature.FUSED_ROWS), FAILS, "lora_B of PEFT before 0.3 is no matrix", _POOL),
         Rule("convolutions", holds(Feature.CONV), FAILS, "only linear layers and embeddings are adapted", _LORA),
-        Rule("architecture", untold, UNCHECKED, _FAMILY, _MANAGER),
+        Rule("architecture", untold, UNCHECKED, UNTOLD_FAMILY, _MANAGER),
         Rule("module names", opaque, CHANGES, "skipped with a warning: no module path of the model", _POOL),
         Rule("names in the base", unmatched, CHANGES, "skipped with a warning: no such module", _POOL),
         Rule("sizes in the base", misshapen, FAILS, "of another size there: its buffer does not take it", _POOL),

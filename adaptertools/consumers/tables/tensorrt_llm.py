@@ -6,6 +6,7 @@ of rules.
 
 from adaptertools.adapter import Feature
 from adaptertools.consumers.conditions import (
+    UNTOLD_FAMILY,
     alphas_unlike_lora_alpha,
     bias_trained,
     changed_base,
@@ -26,7 +27,6 @@ from adaptertools.consumers.rule import CHANGES, FAILS, NOTE, UNCHECKED, Consume
 
 _MANAGER = "tensorrt_llm/lora_manager.py"
 _HELPER = "tensorrt_llm/lora_helper.py"
-_FAMILY = "whether this release supports LoRA for this model family is not among the rules"
 _SKIPPED = ("lm_head", "embed_tokens")
 _MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj", "gate_up_proj")
 _EXPERTS = ("w1", "w2", "w3", "gate")
@@ -74,7 +74,7 @@ CONSUMER = Consumer(
         Rule("expert stacks", holds(Feature.PARAMETER), FAILS, "no key that it takes", _MANAGER),
         Rule("fused slots", holds(Feature.FUSED_ROWS), FAILS, "lora_B of PEFT before 0.3 is no matrix", _MANAGER),
         Rule("convolutions", holds(Feature.CONV), FAILS, "only linear layers are adapted", _MANAGER),
-        Rule("architecture", untold, UNCHECKED, _FAMILY, _MANAGER),
+        Rule("architecture", untold, UNCHECKED, UNTOLD_FAMILY, _MANAGER),
         Rule("module names", opaque, FAILS, "no module path of the model", _MANAGER),
         Rule("names in the base", unmatched, CHANGES, "no layer takes them", _MANAGER),
         Rule("sizes in the base", misshapen, FAILS, "of another size there", _MANAGER),

@@ -5,6 +5,7 @@ Read in the releases that `versions` names. Between two of them a rule may begin
 
 from adaptertools.adapter import Feature
 from adaptertools.consumers.conditions import (
+    UNTOLD_FAMILY,
     alphas_unlike_lora_alpha,
     bias_trained,
     changed_base,
@@ -29,7 +30,6 @@ from adaptertools.consumers.rule import CHANGES, FAILS, NOTE, UNCHECKED, Consume
 _HELPER = "vllm/lora/peft_helper.py"
 _MODEL = "vllm/lora/lora_model.py"
 _NAMES = "vllm/lora/utils.py"
-_FAMILY = "whether this release supports LoRA for this model family is not among the rules"
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "adapter_model.pt")
 _ONE_SCALE = "lora_alpha / r of the configuration counts for every module"
 _UNREAD = "unread, so the adapter is loaded as a plain one"
@@ -86,7 +86,7 @@ CONSUMER = Consumer(
         Rule("expert stacks", holds(Feature.PARAMETER), NOTE, "for mixture models that it wraps, no others", _MODEL),
         Rule("fused slots", holds(Feature.FUSED_ROWS), FAILS, "lora_B of PEFT before 0.3 is no matrix", _MODEL),
         Rule("convolutions", holds(Feature.CONV), FAILS, "only linear layers and embeddings are adapted", _MODEL),
-        Rule("architecture", untold, UNCHECKED, _FAMILY, "vllm/model_executor/models/interfaces.py"),
+        Rule("architecture", untold, UNCHECKED, UNTOLD_FAMILY, "vllm/model_executor/models/interfaces.py"),
         Rule("module names", opaque, FAILS, "no module path of the model", _MODEL),
         Rule("names in the base", unmatched, FAILS, "no such module, so the adapter is refused", _MODEL),
         Rule("sizes in the base", misshapen, FAILS, "of another size there: refused, or a part is changed", _MODEL),

@@ -18,7 +18,6 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from adaptertools.dialects.diffusers import sgm
 from adaptertools.dialects.diffusers.projections import joined, split, with_halves_swapped
 from adaptertools.dialects.diffusers.text_encoders import unflattened
 from adaptertools.encoding import Encoder
@@ -168,7 +167,7 @@ def fused(modules: Sequence[LoraModule], encoder: Encoder, *, certain: bool = Tr
 def comparable(
     one: Sequence[LoraModule], other: Sequence[LoraModule]
 ) -> tuple[tuple[LoraModule, ...], tuple[LoraModule, ...]]:
-    """The modules of two adapters for Flux, or the U-Net of SDXL, under the same names; else as they are.
+    """The modules of two adapters for Flux under the same names; as they are where they have those already.
 
     Those of diffusers where both then have the same layers, so that parts which are equal meet as equals; else the
     published ones, in which a part that is not there is a part of zeros.
@@ -177,7 +176,6 @@ def comparable(
     """
     namings = {_naming(one), _naming(other)}
     if len(namings) == 1 or None in namings:
-        one, other = sgm.comparable(one, other)
         return tuple(one), tuple(other)
     both = [[_at_home(module) for module in unflatten(modules)] for modules in (one, other)]
     layers = [to_diffusers(modules) for modules in both]

@@ -24,3 +24,13 @@ def with_paths(modules: Sequence[LoraModule]) -> list[LoraModule]:
 def unflattened(modules: Sequence[LoraModule]) -> list[LoraModule]:
     """The modules under module paths where theirs are flat ones of such a set; those of Flux are its publisher's."""
     return sgm.unflatten(flux.unflatten(modules))
+
+
+def comparable(
+    one: Sequence[LoraModule], other: Sequence[LoraModule]
+) -> tuple[Sequence[LoraModule], Sequence[LoraModule]]:
+    """The modules of two adapters for Flux, or the U-Net of SDXL, under the same names; else as they are.
+
+    Memory: the values of lora_B of fused projections are read
+    """
+    return sgm.comparable(*flux.comparable(one, other))

@@ -4,12 +4,12 @@ hyperparameters.yaml   the arguments of the training run: lora_r, lora_alpha, lo
 model_config.yaml      the model: name, n_embd, n_head, n_query_groups, head_size, mlp_class_name …
 """
 
-import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from adaptertools.containers.jsonfile import is_json
 from adaptertools.errors import ConfigError, OptionError, UnsupportedFeatureError
 
 HYPERPARAMETERS = "hyperparameters.yaml"
@@ -84,17 +84,9 @@ class Model:
 def settings(run: Mapping[str, Any], label: str) -> tuple[dict[str, Any], tuple[str, ...]]:
     """The arguments of the run that say nothing of the factors, and a note on those that JSON cannot say."""
     said = {str(key): value for key, value in run.items() if key not in _STRUCTURE and value is not None}
-    kept = {key: value for key, value in said.items() if _is_json(value)}
+    kept = {key: value for key, value in said.items() if is_json(value)}
     lost = sorted(said.keys() - kept.keys())
     return kept, (f"{label}: {', '.join(lost)} cannot be kept",) if lost else ()
-
-
-def _is_json(value: Any) -> bool:
-    try:
-        json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError):
-        return False
-    return True
 
 
 def stated_alpha(document: Mapping[str, Any], label: str, given: float | None) -> float | None:

@@ -10,13 +10,13 @@ lora_parameters
     alpha               until April 2025; read by nothing since June 2024, before which scale·alpha/rank was applied
 """
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
 from adaptertools.adapter import Adapter, Base
+from adaptertools.containers.jsonfile import is_json
 from adaptertools.errors import ConfigError, MissingAlphaError, NotLoraError, OptionError
 from adaptertools.module import ScaleRule, check_alpha
 
@@ -179,9 +179,7 @@ def _metadata(raw: Mapping[str, Any], parameters: Mapping[str, Any], label: str,
     if beside := {key: value for key, value in parameters.items() if key not in _PARAMETERS}:
         kept["lora_parameters"] = beside
     for key in list(kept):
-        try:
-            json.dumps(kept[key], allow_nan=False)
-        except ValueError:
+        if not is_json(kept[key]):
             notes.append(f"{label}: {key} is {kept.pop(key)!r:.40} and is not kept")
     return kept
 

@@ -3,13 +3,13 @@
 Read in huggingface/peft 0.21.2 (`tuners/lora/config.py`, `utils/other.py`).
 """
 
-import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from adaptertools.adapter import Base
+from adaptertools.containers.jsonfile import is_json
 from adaptertools.dialects.peft.patterns import Patterns, compile_pattern
 from adaptertools.errors import ConfigError, MissingAlphaError, NotLoraError, OptionError, UnsupportedFeatureError
 from adaptertools.module import ScaleRule, check_alpha
@@ -153,12 +153,10 @@ class PeftConfig:
         kept = {}
         for key in CARRIED:
             value = self.raw.get(key)
-            try:
-                json.dumps(value, allow_nan=False)
-            except ValueError:
-                self.notes.append(f"{self.label}: {key} is {value!r:.40} and is not kept")
-            else:
+            if is_json(value):
                 kept[key] = value
+            else:
+                self.notes.append(f"{self.label}: {key} is {value!r:.40} and is not kept")
         return {key: value for key, value in kept.items() if value is not None}
 
     @property
