@@ -9,13 +9,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from adaptertools.adapter import Adapter, Base, Feature, FullWeight, Kind, LoraModule, RowSlice, ScaleRule, Target
     from adaptertools.api import (
-        Check,
-        Fixed,
         WriteReport,
-        check,
         convert,
         estimate,
-        fix,
         from_state_dict,
         merge_into,
         plan_merge,
@@ -26,6 +22,8 @@ if TYPE_CHECKING:
         verify_merge,
         write,
     )
+    from adaptertools.api.checking import check, fix
+    from adaptertools.api.verdict import Check, Fixed
     from adaptertools.errors import AdapterToolsError
     from adaptertools.hub.pull import PullReport, pull
     from adaptertools.hub.push import PushReport
@@ -47,11 +45,11 @@ _HOMES = {
     "Adapter": "adapter",
     "AdapterToolsError": "errors",
     "Base": "adapter",
-    "Check": "api",
+    "Check": "api.verdict",
     "Difference": "operations.difference",
     "Estimate": "operations.estimate",
     "Feature": "adapter",
-    "Fixed": "api",
+    "Fixed": "api.verdict",
     "FullWeight": "adapter",
     "Kind": "adapter",
     "LoraModule": "adapter",
@@ -68,11 +66,11 @@ _HOMES = {
     "Truncation": "operations.truncate",
     "Verification": "merging.verify",
     "WriteReport": "api",
-    "check": "api",
+    "check": "api.checking",
     "convert": "api",
     "diff": "api",
     "estimate": "api",
-    "fix": "api",
+    "fix": "api.checking",
     "from_state_dict": "api",
     "merge_into": "api",
     "plan_merge": "api",

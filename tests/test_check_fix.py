@@ -15,7 +15,7 @@ from torch import Tensor
 import adaptertools
 from adaptertools import consumers
 from adaptertools.adapter import Adapter, Base, FullWeight, RowSlice, WeightRole
-from adaptertools.api import fix_command, ways_out
+from adaptertools.api.checking import fix_command, ways_out
 from adaptertools.errors import MatchError, OptionError, UnknownFormatError, UnsupportedFeatureError
 from adaptertools.module import LoraModule, ScaleRule, Target
 from adaptertools.operations import low_rank

@@ -2,7 +2,6 @@
 
 import errno
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import adaptertools
 from adaptertools.adapter import Adapter
-from adaptertools.merging import blocks
+from adaptertools.merging import blocks, tasks
 from adaptertools.merging.resume import Staging
 from adaptertools.merging.tasks import Output
 
@@ -228,18 +227,18 @@ def test_a_module_without_a_weight_is_an_error_unless_it_may_be_left_out(
 def test_a_merge_that_stopped_exits_with_3_and_the_same_command_goes_on(
     base: Path, peft_folder: Path, plain: Adapter, tmp_path: Path, run: Callable[..., Any]
 ) -> None:
-    original, calls = os.pwrite, 0
+    original, calls = tasks.write_from, 0
 
-    def failing(*args: Any) -> int:
+    def failing(*args: Any) -> None:
         nonlocal calls
         calls += 1
         if calls == 4:
             raise OSError(errno.EIO, "broken")
-        return original(*args)
+        original(*args)
 
     command = ("merge", base, peft_folder, tmp_path / "merged", "--workers", "1")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "pwrite", failing)
+        patch.setattr(tasks, "write_from", failing)
         ran = run(*command)
     assert ran.code == 3
     assert "goes on from there" in ran.err

@@ -642,7 +642,7 @@ def kill_and_resume(
             head = hub.head("me/merged")
             process = start(command, here)
             process.join()
-            assert process.exitcode == 0 or not list(here.rglob("recipe.json"))
+            assert process.exitcode == 0 or not list(here.rglob("journal.jsonl"))
             assert hub.head("me/merged") == head, "the same command does not commit again"
         assert sum(uploads(hub).values()) <= SHARDS + kills
     process = start(command, here)

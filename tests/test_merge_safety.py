@@ -1,7 +1,6 @@
 """A merge that is killed, that meets a full disk, or that is aimed at the wrong place."""
 
 import errno
-import json
 import multiprocessing
 import os
 import random
@@ -24,7 +23,8 @@ from adaptertools.errors import (
     DestinationExistsError,
     StoppedMergeError,
 )
-from adaptertools.merging import blocks, record, resume, shards
+from adaptertools.merging import blocks, record, resume, shards, tasks
+from adaptertools.merging.journal import Journal
 from adaptertools.merging.plan import MergePlan
 from adaptertools.merging.record import NAME
 from adaptertools.merging.resume import resumable, staging_folder
@@ -96,8 +96,8 @@ def states(folder: Path, names: Iterable[str]) -> dict[str, tuple[int, int]]:
 def finished_files(dst: Path) -> dict[str, tuple[int, int]]:
     """The finished files of a merge in the making."""
     folder = staging_folder(dst)
-    records = folder / "records.json"
-    return states(folder / "result", sorted(json.loads(records.read_text())) if records.exists() else ())
+    entries = Journal(folder / "journal.jsonl", flush=False).entries
+    return states(folder / "result", sorted({entry["file"] for entry in entries if "file" in entry}))
 
 
 def assert_no_half_model(folder: Path, whole: list[dict[str, bytes]]) -> None:
@@ -143,7 +143,7 @@ def kill_and_resume(times: int, old: Path | None, base: Path, dst: Path, undistu
         if found == undisturbed:
             finished += 1
             assert kept.items() <= states(dst, undisturbed).items()
-            if (staging_folder(dst) / "recipe.json").exists():  # killed while it cleared up
+            if (staging_folder(dst) / "journal.jsonl").exists():  # killed while it cleared up
                 assert run_merge(make_plan(base), dst, device="cpu").resumed == SHARDS
                 assert not staging_folder(dst).exists()
             shutil.rmtree(staging_folder(dst), ignore_errors=True)
@@ -257,8 +257,8 @@ def test_a_full_disk_is_found_before_any_work(base: Path, dst: Path, monkeypatch
             raise OSError(errno.ENOSPC, "full")
 
     monkeypatch.setattr(os, "posix_fallocate", allocate)
-    monkeypatch.setattr(os, "pwrite", lambda *args: written.append(1))
-    monkeypatch.setattr(os, "copy_file_range", lambda *args: written.append(1))
+    monkeypatch.setattr(tasks, "write_from", lambda *args: written.append(1))
+    monkeypatch.setattr(tasks, "copy_range", lambda *args: written.append(1))
     with pytest.raises(DestinationError, match="disk is full"):
         run_merge(make_plan(base), dst, device="cpu")
     assert sum(length for length in asked if length >= 2048) == size

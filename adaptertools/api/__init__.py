@@ -1,6 +1,8 @@
-"""One call each: read, write and convert adapters, for a path, an address on the Hub, or tensors in memory."""
+"""One call each: read, write and convert adapters, for a path, an address on the Hub, or tensors in memory.
 
-from adaptertools.api.checking import check, fix, fix_command, target_format, ways_out
+What few ask for, `checking`, is a module to import: it loads what is known of all consumers.
+"""
+
 from adaptertools.api.comparing import diff
 from adaptertools.api.conversion import convert
 from adaptertools.api.models import estimate, merge_into, plan_merge, verify_merge
@@ -9,7 +11,6 @@ from adaptertools.api.pushing import push
 from adaptertools.api.reading import detect, from_state_dict, oddities, option_types, read, read_options, reads_with
 from adaptertools.api.reading_back import delta_error_of
 from adaptertools.api.sending import check_there
-from adaptertools.api.verdict import Check, Fixed
 from adaptertools.api.writing import (
     WriteReport,
     give_up,
@@ -22,20 +23,15 @@ from adaptertools.api.writing import (
 from adaptertools.hub.pull import pull
 
 __all__ = [
-    "Check",
-    "Fixed",
     "Given",
     "WriteReport",
     "as_destination",
-    "check",
     "check_there",
     "convert",
     "delta_error_of",
     "detect",
     "diff",
     "estimate",
-    "fix",
-    "fix_command",
     "from_state_dict",
     "give_up",
     "localize",
@@ -50,10 +46,8 @@ __all__ = [
     "read_options",
     "reads_with",
     "stored_size",
-    "target_format",
     "to_state_dict",
     "verify_merge",
-    "ways_out",
     "without",
     "write",
     "write_options",

@@ -7,6 +7,7 @@ shell completion never load torch.
 Exit codes: 0 done, 1 failed, 2 usage, 4 done and the answer is no (`diff`, `check`, `verify`), 130 Ctrl-C.
 """
 
+import gc
 import os
 import sys
 from typing import Any, NoReturn
@@ -17,6 +18,9 @@ def main() -> NoReturn:
     # Work here streams through memory, which one thread saturates. A second gains nothing on an idle machine, and on a
     # busy one every small operation waits for it: ten times slower, as measured.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # Torch brings a million objects that stay, and at the usual threshold Python looks through all of them again and
+    # again: for a tenth of a second each time.
+    gc.set_threshold(100_000)
     try:
         from adaptertools.cli._group import group  # here, since Ctrl-C may arrive while click is being imported
 

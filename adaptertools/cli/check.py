@@ -8,7 +8,7 @@ import click
 from adaptertools.cli.options import Output, Reading, Writing, output_options, reading_options, writing_options
 
 if TYPE_CHECKING:
-    from adaptertools.api import Check, Fixed
+    from adaptertools.api.verdict import Check, Fixed
 
 CONSUMERS = ("comfyui", "diffusers", "llama.cpp", "lorax", "mlx", "ollama", "sglang", "tensorrt-llm", "vllm")
 """The names of adaptertools.consumers, whose import would load torch."""
@@ -45,21 +45,21 @@ def command(
     scaling in the factors, no patterns, in the program's own format; what that cost is measured. What loads as it is is
     written unchanged. Exits with 0 if it loads and means the same, with 4 if not.
     """
-    from adaptertools import api
+    from adaptertools.api import checking
 
     place = reading.locate(src, output)
     how = reading.arguments(place)
     own = {"version": version, "max_rank": max_rank, "base": how.pop("base"), "token": how.pop("token")}
-    found = api.check(place, consumer, **own, **how)
+    found = checking.check(place, consumer, **own, **how)
     if dst is None:
         given = _given(reading)
         output.show(lambda: _text(found, given), lambda: _document(found, given))
         if not found.passes:
             ctx.exit(_BROKEN)
         return
-    options = writing.arguments(api.target_format(found))
+    options = writing.arguments(checking.target_format(found))
     nonfinite = reading.allow_nonfinite
-    fixed = api.fix(place, dst, consumer, **own, **options, read_options=how, allow_nonfinite=nonfinite)
+    fixed = checking.fix(place, dst, consumer, **own, **options, read_options=how, allow_nonfinite=nonfinite)
     output.show(lambda: _fixed_text(fixed), lambda: _fixed_document(fixed))
 
 
@@ -87,16 +87,16 @@ def _headline(found: "Check") -> str:
 
 
 def _advice(found: "Check", given: Sequence[str]) -> list[str]:
-    from adaptertools import api
+    from adaptertools.api import checking
 
     if found.passes:
         return []
-    command = api.fix_command(found, *given)
+    command = checking.fix_command(found, *given)
     if command is not None:
         return ["", f"The file that does: {command}"]
     if found.refused:
-        return ["", f"--fix cannot write {api.target_format(found)} as it is: {found.refused}"]
-    return ["", *(f"--fix cannot mend {rule}: {way}" for rule, way in api.ways_out(found).items())]
+        return ["", f"--fix cannot write {checking.target_format(found)} as it is: {found.refused}"]
+    return ["", *(f"--fix cannot mend {rule}: {way}" for rule, way in checking.ways_out(found).items())]
 
 
 def _fixed_text(fixed: "Fixed") -> str:
@@ -124,7 +124,7 @@ def _error(fixed: "Fixed") -> str:
 
 
 def _document(found: "Check", given: Sequence[str] = ()) -> dict[str, Any]:
-    from adaptertools import api
+    from adaptertools.api import checking
 
     return {
         "source": {"path": found.label, "format": found.format},
@@ -143,8 +143,8 @@ def _document(found: "Check", given: Sequence[str] = ()) -> dict[str, Any]:
             for finding in found.findings
         ],
         "notes": list(found.notes),
-        "fix": api.fix_command(found, *given),
-        "ways_out": api.ways_out(found),
+        "fix": checking.fix_command(found, *given),
+        "ways_out": checking.ways_out(found),
         "refused": found.refused or None,
     }
 

@@ -71,19 +71,21 @@ def command(
     byte. DST may be hf://org/name. From and to the Hub, the next shard is fetched while one merges and the last one is
     sent. A merge that was stopped is gone on with by the same command; nothing stands at DST before all is done.
     """
+    from adaptertools.merging.warm_up import warm_up
+
+    if not dry_run:
+        warm_up(device)  # before torch is imported
     from adaptertools.cli._progress import progress
     from adaptertools.cli._values import parse_weights
     from adaptertools.hub.stream import Way
     from adaptertools.linalg import parse_device
-    from adaptertools.merging.kernels import warm_up
     from adaptertools.merging.outlook import preview
     from adaptertools.merging.plan import plan_merge
     from adaptertools.tensors import parse_dtype
 
-    if not dry_run:
-        warm_up(parse_device(device, has_float64=False))
     given = parse_weights(weights, len(adapters))
-    computing: dict[str, Any] = {"device": device, "max_memory": _bytes(max_memory), "workers": workers}
+    target = parse_device(device, has_float64=False)
+    computing: dict[str, Any] = {"device": target, "max_memory": _bytes(max_memory), "workers": workers}
     way = Way.parse(dst, token=sources.token, low_disk=low_disk, private=private, work_dir=work_dir)
     with progress("download", output) as advance:
         base = way.open_base(model, revision=revision, on_progress=advance)

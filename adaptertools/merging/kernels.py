@@ -10,7 +10,7 @@ import functools
 import importlib.util
 import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -284,29 +284,6 @@ def has_triton() -> bool:
     except Exception:  # whatever it is that its compiler, or the driver, lacks
         return False
     return True
-
-
-def warm_up(device: torch.device) -> None:
-    """Begin, beside what else is to be done, with what the first product on a GPU would have to wait a second for."""
-    if device.type != "cuda":
-        return
-
-    def start_cuda() -> None:
-        torch.zeros(1, device=device)
-
-    def load_triton() -> None:
-        if has_triton():
-            from adaptertools.merging.triton_kernel import warm_up
-
-            warm_up(device)
-
-    for work in (start_cuda, load_triton):
-        threading.Thread(target=_tried, args=(work,)).start()
-
-
-def _tried(work: Callable[[], None]) -> None:
-    with contextlib.suppress(RuntimeError):  # the merge will say it
-        work()
 
 
 def _arithmetic(edit: Edit) -> torch.dtype:

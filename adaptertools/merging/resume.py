@@ -1,15 +1,13 @@
 """A merge in the making: a hidden folder beside the destination, which outlives a process that was killed.
 
-It holds the recipe, the result as far as it is there, and records of finished files. A file in the making ends in
-`.part`, and the configuration comes last, so that nothing in it is taken for a model. The same recipe goes on from what
-is finished; any other starts anew. Whoever works in it holds a lock on it.
+It holds the result as far as it is there, and a journal: the recipe first, then what is known of finished files. A file
+in the making ends in `.part`, and the configuration comes last, so that nothing in it is taken for a model. The same
+recipe goes on from what is finished; any other starts anew. Whoever works in it holds a lock on it.
 """
 
 import fcntl
-import json
 import os
 import shutil
-import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -20,16 +18,21 @@ from typing import Any
 from adaptertools.containers.atomic import allocated, explained, publish_folder, sync, write_text
 from adaptertools.containers.checkpoint import CONFIG
 from adaptertools.containers.jsonfile import format_json, read_json
-from adaptertools.errors import DestinationError, DestinationExistsError, FileError
+from adaptertools.errors import DestinationError, DestinationExistsError
+from adaptertools.merging.journal import Journal
 from adaptertools.merging.kernels import Statistics
 from adaptertools.merging.shards import Layout
 
-_RECIPE, _RECORDS, _FINISHED = "recipe.json", "records.json", "finished.json"
+_JOURNAL = "journal.jsonl"
+_ANNOUNCED = "announced.json"
 _RESULT = "result"
 _ASIDE = f"{_RESULT}-old"
 _INCOMING = "incoming"
-_SENT = "sent"
-_NEW = ".new"
+
+# what the lines of the journal hold: the recipe; of a file, its name with size and time, statistics, or what was sent
+_RECIPE, _FILE, _STATE, _STATISTICS, _SENT = "recipe", "file", "state", "statistics", "sent"
+_INODE = "inode"
+"""That of the finished result, which it keeps where it is put in its place."""
 
 PART = ".part"
 """What the name of a file ends in as long as it is in the making."""
@@ -45,8 +48,7 @@ class Staging:
 
     def __init__(self, folder: Path, dst: Path, *, flush: bool) -> None:
         self.folder, self.dst, self.flush = folder, dst, flush
-        self._records = folder / _RECORDS  # one file: on a busy disk the removal of each waits for a tenth of a second
-        self._lock = threading.Lock()
+        self._journal = Journal(folder / _JOURNAL, flush=flush)
 
     @property
     def result(self) -> Path:
@@ -63,46 +65,39 @@ class Staging:
         return self.result / (layout.name + PART)
 
     def finished(self, layout: Layout) -> dict[str, Statistics] | None:
-        """What a finished file's record says of its tensors; None if the file is not finished."""
+        """What is known of the tensors of a finished file; None if the file is not finished."""
+        known = self._known(layout.name)
         try:
-            record = self._known()[layout.name]
-            if record["file"][0] != layout.size:
+            if known[_STATE][0] != layout.size:
                 return None
-            if _SENT not in record:
+            if _SENT not in known:
                 found = (self.result / layout.name).stat()
-                if [found.st_size, found.st_mtime_ns] != record["file"]:
+                if [found.st_size, found.st_mtime_ns] != known[_STATE]:
                     return None
-            return {name: Statistics(**sums) for name, sums in record["statistics"].items()}
+            return {name: Statistics(**sums) for name, sums in known[_STATISTICS].items()}
         except (OSError, KeyError, TypeError):
             return None
 
     def sent(self, layout: Layout) -> dict[str, Any] | None:
         """What is known of a finished file that was sent on; it need not be here any more."""
-        sent = self._known().get(layout.name, {}).get(_SENT)
-        return sent if isinstance(sent, dict) else None
+        return self._known(layout.name).get(_SENT)
 
     def note_sent(self, layout: Layout, sent: Mapping[str, Any]) -> None:
         """Remember that a finished file was sent on.
 
         Raises: DestinationError
         """
-        self._remember(layout, {_SENT: dict(sent)})
+        self._journal.add({_FILE: layout.name, _SENT: dict(sent)})
 
-    def _remember(self, layout: Layout, facts: Mapping[str, Any]) -> None:
-        with self._lock:
-            known = self._known()
-            self._write(self._records, {**known, layout.name: {**known.get(layout.name, {}), **facts}})
-
-    def _known(self) -> dict[str, dict[str, Any]]:
-        """What is known of finished files, by name."""
-        try:
-            return read_json(self._records)
-        except (FileError, OSError):
-            return {}
+    def _known(self, name: str) -> dict[str, Any]:
+        """All that the journal says of a file."""
+        return {
+            key: value for entry in self._journal.entries if entry.get(_FILE) == name for key, value in entry.items()
+        }
 
     def anything_finished(self) -> bool:
         """Whether there is a file that need not be made again."""
-        return bool(self._known())
+        return any(_FILE in entry for entry in self._journal.entries)
 
     def allocate(self, layouts: list[Layout]) -> None:
         """Room for all files that are to be made, so that a full disk is found before any work.
@@ -141,39 +136,40 @@ class Staging:
                 sync(self.part(layout))
             self.part(layout).replace(target)
             found = target.stat()
-        facts = {
-            "file": [found.st_size, found.st_mtime_ns],
-            "statistics": {name: asdict(sums) for name, sums in statistics.items()},
-        }
-        self._remember(layout, facts)
+        sums = {name: asdict(each) for name, each in statistics.items()}
+        self._journal.add(
+            {_FILE: layout.name, _STATE: [found.st_size, found.st_mtime_ns], _STATISTICS: sums},
+        )
 
     def publish(self, dropped: tuple[str, ...]) -> None:
         """Make the result the destination in one step; of an old one, the files of these patterns go.
 
         Raises: DestinationError
         """
-        self._write(self.folder / _FINISHED, {"inode": self.result.stat().st_ino})
+        self._journal.add({_INODE: self.result.stat().st_ino})
         publish_folder(self.result, self.dst, dropped)
         self.remove()
 
     @property
     def announced(self) -> Path:
         """The record of a result that is made visible elsewhere: kept until all else here is gone."""
-        return self.folder / _FINISHED
+        return self.folder / _ANNOUNCED
 
     def announce(self, name: str) -> None:
         """Say that the result is complete, by the file of this name that stands beside the weights.
 
         Raises: DestinationError
         """
-        self._write(self.announced, read_json(self.result / name))
+        new = self.announced.with_suffix(".new")
+        write_text(new, format_json(read_json(self.result / name)))
+        with explained(self.announced):
+            new.replace(self.announced)
 
     def remove(self) -> None:
-        """Clear the folder away, the weights first: as long as there is a recipe, a killed run can say what it did."""
+        """Clear the folder away, the weights first: as long as there is a journal, a killed run can say what it did."""
         for name in (_RESULT, _ASIDE):
             _clear(self.folder / name)
-        with suppress(OSError):
-            (self.folder / _RECIPE).unlink(missing_ok=True)
+        self._journal.remove()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def published(self, recipe: str) -> bool:
@@ -185,11 +181,10 @@ class Staging:
         return self._recipe() == recipe
 
     def _in_place(self) -> bool:
-        try:
-            inode = json.loads((self.folder / _FINISHED).read_text())["inode"]
-            return bool(self.dst.stat().st_ino == inode)
-        except (OSError, ValueError, KeyError):
-            return False
+        inode = self._said(_INODE)
+        with suppress(OSError):
+            return inode is not None and self.dst.stat().st_ino == inode
+        return False
 
     def give_up(self) -> None:
         """Free the room of what is half-made; keep what is finished, unless all is in its place."""
@@ -206,29 +201,19 @@ class Staging:
         """
         with explained(self.folder):
             if self._recipe() != recipe:
-                for name in (_FINISHED, _RECIPE, _RECORDS):  # first, so that what is left is never taken for another's
-                    (self.folder / name).unlink(missing_ok=True)
+                self._journal.remove()  # first, so that what is left is never taken for another's
+                self.announced.unlink(missing_ok=True)
                 for name in (_RESULT, _ASIDE):
                     _clear(self.folder / name)
-                self._write(self.folder / _RECIPE, {"recipe": recipe})
+                self._journal.add({_RECIPE: recipe})
             (self.folder / _RESULT).mkdir(exist_ok=True)
 
     def _recipe(self) -> object:
-        try:
-            return read_json(self.folder / _RECIPE).get("recipe")
-        except (FileError, OSError):
-            return None
+        return self._said(_RECIPE)
 
-    def _write(self, path: Path, document: Mapping[str, Any]) -> None:
-        """Whole or not at all."""
-        new = path.with_name(path.name + _NEW)
-        if self.flush:
-            write_text(new, format_json(document))
-        else:
-            with explained(path):
-                new.write_text(format_json(document))
-        with explained(path):
-            new.replace(path)
+    def _said(self, key: str) -> object:
+        """The latest word of the journal on what concerns the whole merge."""
+        return next((entry[key] for entry in reversed(self._journal.entries) if key in entry), None)
 
 
 def _clear(folder: Path) -> None:
@@ -291,8 +276,8 @@ def _opened(folder: Path) -> int:
 
 
 def _is_ours(folder: Path) -> bool:
-    documents = {_RECIPE, _RECORDS, _FINISHED}
-    known = {*documents, *(name + _NEW for name in documents), _RESULT, _ASIDE, _INCOMING}
+    announced = Path(_ANNOUNCED)
+    known = {_JOURNAL, announced.name, announced.with_suffix(".new").name, _RESULT, _ASIDE, _INCOMING}
     try:
         return {entry.name for entry in folder.iterdir()} <= known
     except FileNotFoundError:

@@ -34,7 +34,7 @@ from adaptertools.merging.record import NAME, Inputs, MergeReport, document, kno
 from adaptertools.merging.resume import Staging, resumable, staging_folder
 from adaptertools.merging.route import HaltedError, Route
 from adaptertools.merging.shards import Layout, lay_out
-from adaptertools.merging.tasks import Output, Sources, Task
+from adaptertools.merging.tasks import Output, Sources, Task, rehearse
 from adaptertools.merging.workers import Worker
 
 Progress = Callable[[int, int], None]
@@ -74,6 +74,7 @@ def run_merge(
     check_apart(plan.base, dst)
     layouts = [lay_out(plan, shard) for shard in plan.shards]
     crew = hire(plan, target, max_memory, workers)
+    rehearse(plan, target)
     inputs = know_inputs(plan, target, stamped=route.stamps(plan), known=route.hashes(), hash=hash)
     if not staging_folder(dst).exists():
         route.check(dst, overwrite)

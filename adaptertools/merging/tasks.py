@@ -4,6 +4,7 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from adaptertools.containers.tensorfile import reading
 from adaptertools.errors import NonFiniteError
 from adaptertools.merging.blocks import block_rows, source_dtype
 from adaptertools.merging.edits import Edit
-from adaptertools.merging.kernels import Prepared, Statistics, cast_statistics, prepare
+from adaptertools.merging.kernels import Prepared, Statistics, cast_statistics, full_precision, prepare
 from adaptertools.merging.plan import MergePlan
 from adaptertools.merging.record import total
 from adaptertools.merging.resume import Staging
@@ -28,9 +29,8 @@ from adaptertools.tensors import all_finite, dtype_name, tensor_bytes
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A piece of work on one file, `nbytes` of which it writes from `offset` on."""
+    """A piece of work on one file, of which it writes `nbytes`."""
 
-    offset: int
     nbytes: int
     run: Callable[[Worker], None]
 
@@ -96,17 +96,17 @@ class Output:
         self.statistics: dict[str, Statistics] = {}
         self._handle: int | None = None
         self._lock = threading.Lock()
-        self._tasks = sorted(self._all_tasks(plan, device), key=lambda task: task.offset)
+        self._tasks = list(self._all_tasks(plan, device))
         self._left = len(self._tasks)
         self._in_place = False
 
     def tasks(self) -> Iterator[Task]:
-        """All there is to do, in the order of the file, as soon as what it is made of is here."""
+        """All there is to do, as soon as what it is made of is here."""
         self._in_place = self._sources.ready(self.layout)
         if not self._in_place:
             self._staging.make_room(self.layout)
         for task in self._tasks:
-            yield Task(task.offset, task.nbytes, partial(self._run, task))
+            yield Task(task.nbytes, partial(self._run, task))
         self._tasks = []
 
     def write(self, offset: int, content: memoryview | bytes) -> None:
@@ -138,14 +138,15 @@ class Output:
             return self._handle
 
     def _all_tasks(self, plan: MergePlan, device: torch.device) -> Iterator[Task]:
+        """What is only copied comes first: meanwhile a GPU gets ready. Either goes through the file in its order."""
         if header := self.layout.header:
-            yield Task(0, len(header), partial(self._put, 0, header))
+            yield Task(len(header), partial(self._put, 0, header))
         for copy in self.layout.copies:
             for chunk in copy.chunks():
-                yield Task(chunk.offset, chunk.nbytes, partial(self._copy, chunk))
+                yield Task(chunk.nbytes, partial(self._copy, chunk))
         for name, offset in self.layout.moved.items():
             yield from self._move(plan.base.tensor(name), offset)
-        for name, offset in self.layout.edited.items():
+        for name, offset in sorted(self.layout.edited.items(), key=lambda item: item[1]):
             yield from EditedTensor(plan, plan.edits[name], offset, self, self._sources, device).tasks()
 
     def _put(self, offset: int, content: bytes | Tensor, worker: Worker) -> None:
@@ -162,12 +163,12 @@ class Output:
         flat = tensor.reshape(-1) if tensor.is_contiguous() else tensor
         step = CHUNK_BYTES // tensor.dtype.itemsize
         if flat.dim() != 1:
-            yield Task(offset, tensor.nbytes, partial(self._put, offset, flat))
+            yield Task(tensor.nbytes, partial(self._put, offset, flat))
             return
         for start in range(0, flat.numel(), step):
             part = flat[start : start + step]
             begin = offset + start * tensor.dtype.itemsize
-            yield Task(begin, part.nbytes, partial(self._put, begin, part))
+            yield Task(part.nbytes, partial(self._put, begin, part))
 
 
 class EditedTensor:
@@ -195,7 +196,7 @@ class EditedTensor:
         for rows in self._blocks:
             offset = self._offset + rows.start * row
             nbytes = (rows.stop - rows.start) * row
-            yield Task(offset, nbytes, partial(self._make, rows, offset))
+            yield Task(nbytes, partial(self._make, rows, offset))
 
     def _make(self, rows: slice, offset: int, worker: Worker) -> None:
         prepared = self._ready(worker)
@@ -254,6 +255,29 @@ class EditedTensor:
         if done.dtype != block.dtype:
             self._casts.append(cast_statistics(block, done))
         return done
+
+
+def rehearse(plan: MergePlan, device: torch.device) -> None:
+    """Compute a block of zeros of each shape, so that the kernels are there when the first worker asks for them.
+
+    Begun beside the first copies. Of what goes wrong nothing is said here: the merge will meet it again.
+    """
+
+    def run() -> None:
+        with suppress(Exception), torch.inference_mode(), full_precision():
+            for edit in shapes.values():
+                dtype = source_dtype(plan, edit)
+                rows = block_rows(edit, dtype, device)[0]
+                zeros = torch.zeros(rows.stop, edit.matrix[1], dtype=dtype, device=device)
+                prepare(edit, device).merged(zeros, 0)
+
+    shapes = {
+        (edit.matrix, edit.dtype, len(edit.updates)): edit
+        for edit in plan.edits.values()
+        if edit.updates and not edit.renormalizations
+    }
+    if device.type == "cuda":
+        threading.Thread(target=run).start()
 
 
 def _replace(block: Tensor, rows: slice, indices: Tensor, values: Tensor) -> Tensor:

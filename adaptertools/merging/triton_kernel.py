@@ -9,6 +9,7 @@ A program keeps its rows of left and goes over tiles of columns, so that the til
 while one is computed. Imported on use: Triton comes with torch for CUDA alone.
 """
 
+import threading
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,9 @@ _NO_RANK = -20000.0
 
 _CHUNK = 64
 """Ranks beyond the widest panel are summed in chunks of so many."""
+
+_launching = threading.Lock()
+"""Held so that one thread compiles a variant of the kernel, or finds it in Triton's cache, and not all of them."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -97,7 +101,7 @@ def add_product(
         chain //= 2
     grid = (triton.cdiv(columns, across * chain), triton.cdiv(rows, down))
     parts = torch.empty((grid[0] * grid[1] if has_statistics else 1, 4), dtype=torch.float32, device=weight.device)
-    with torch.cuda.device(weight.device):
+    with _launching, torch.cuda.device(weight.device):
         _add_product[grid](
             weight,
             out,

@@ -8,6 +8,7 @@ import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -30,12 +31,12 @@ def worker_memory(block: int) -> int:
 
 
 class Worker:
-    """The buffer and the stream of one thread."""
+    """The buffer and the stream of one thread. CUDA pins one buffer after the other: it is made when it is needed."""
 
     def __init__(self, device: torch.device, block: int) -> None:
         self.device = device
         self.on_gpu = device.type == "cuda"
-        self._buffer = torch.empty(max(1, block), dtype=torch.uint8, pin_memory=self.on_gpu)
+        self._block = block
         self._stream = torch.cuda.Stream(device) if self.on_gpu else None  # type: ignore[no-untyped-call]
 
     @contextmanager
@@ -45,6 +46,10 @@ class Worker:
         stream = torch.cuda.stream(self._stream) if self._stream is not None else nullcontext()
         with torch.inference_mode(), stream:
             yield
+
+    @cached_property
+    def _buffer(self) -> Tensor:
+        return torch.empty(max(1, self._block), dtype=torch.uint8, pin_memory=self.on_gpu)
 
     def settle(self) -> None:
         """Wait for what was begun on the device."""
