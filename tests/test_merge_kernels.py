@@ -360,3 +360,67 @@ def test_cpu_and_cuda_agree(dtype: torch.dtype, rank: int) -> None:
     _, size = exact(edit, weight)
     apart = (here.double() - there.double()).abs()
     assert bool((apart <= 2 * EPSILON[dtype] * here.double().abs() + 2e-6 * size).all())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="no Hopper GPU"
+)
+@pytest.mark.parametrize("rank", [20, 32, 33, 64, 100, 128])
+@pytest.mark.parametrize(("rows", "columns"), [(128, 128), (256, 384), (1024, 4096), (128, 14336), (14336, 1152)])
+def test_the_kernel_for_hopper_gives_the_bits_of_the_portable_one(
+    rows: int, columns: int, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In place, from one part of a matrix into a part of another, and on a block of rows."""
+    from adaptertools.merging import hopper_kernel, triton_kernel
+
+    wide = normal(rows, columns + 256, seed=1, size=0.02, dtype=torch.bfloat16).cuda()
+    left, right = normal(rows, rank, seed=2, size=1e-4).cuda(), normal(rank, columns, seed=3).cuda()
+    split = triton_kernel.split(left, right)
+    weight = wide[:, 128 : 128 + columns]
+    total = weight.double() + left.double() @ right.double()
+    fast = torch.zeros_like(wide)[:, 64 : 64 + columns]
+    assert hopper_kernel.add_product(weight, split, fast)
+    assert float((fast == total.bfloat16()).double().mean()) >= 0.9999
+    in_place = wide.clone()
+    triton_kernel.add_product(
+        in_place[:, 128 : 128 + columns], split, None, None, in_place[:, 128 : 128 + columns], False
+    )
+    assert torch.equal(in_place[:, 128 : 128 + columns], fast)
+    assert torch.equal(in_place[:, :128], wide[:, :128])
+    assert torch.equal(in_place[:, 128 + columns :], wide[:, 128 + columns :])
+    block = torch.zeros_like(weight[-128:])
+    assert hopper_kernel.add_product(weight[-128:], split.rows(rows - 128, 128), block)
+    assert torch.equal(block, fast[-128:])
+    monkeypatch.setattr(triton_kernel, "_hopper_kernel", lambda device: None)
+    portable = torch.zeros_like(weight)
+    triton_kernel.add_product(weight, split, None, None, portable, False)
+    assert torch.equal(portable, fast)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="no Hopper GPU"
+)
+@pytest.mark.parametrize(
+    ("rows", "columns", "rank", "dtype"),
+    [
+        (100, 128, 32, torch.bfloat16),
+        (128, 100, 32, torch.bfloat16),
+        (128, 128, 16, torch.bfloat16),
+        (128, 128, 300, torch.bfloat16),
+        (128, 128, 32, torch.float32),
+    ],
+)
+def test_what_the_kernel_for_hopper_does_not_take_it_leaves_to_the_portable_one(
+    rows: int, columns: int, rank: int, dtype: torch.dtype
+) -> None:
+    from adaptertools.merging import hopper_kernel, triton_kernel
+
+    weight = normal(rows, columns, seed=1, size=0.02, dtype=dtype).cuda()
+    left, right = normal(rows, rank, seed=2, size=1e-3).cuda(), normal(rank, columns, seed=3).cuda()
+    split, out = triton_kernel.split(left, right), torch.zeros_like(weight)
+    assert not hopper_kernel.add_product(weight, split, out)
+    assert not out.any()
+    triton_kernel.add_product(weight, split, None, None, out, False)
+    torch.testing.assert_close(out.double(), weight.double() + left.double() @ right.double(), rtol=5e-3, atol=1e-6)

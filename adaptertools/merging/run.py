@@ -74,7 +74,6 @@ def run_merge(
     check_apart(plan.base, dst)
     layouts = [lay_out(plan, shard) for shard in plan.shards]
     crew = hire(plan, target, max_memory, workers)
-    rehearse(plan, target)
     inputs = know_inputs(plan, target, stamped=route.stamps(plan), known=route.hashes(), hash=hash)
     if not staging_folder(dst).exists():
         route.check(dst, overwrite)
@@ -143,6 +142,7 @@ def _make(
     outputs = [Output(plan, layout, staging, sources, crew.device) for layout in rest]
     try:
         route.begin(staging, [layout for layout in layouts if layout not in rest], sources.in_order)
+        rehearse(plan, crew.device)
         _work(crew, _in_turn([output.tasks() for output in outputs], route.at_once), meter, route)
         route.settle(meter.tell)
     finally:

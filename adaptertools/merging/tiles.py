@@ -48,12 +48,14 @@ def add_product(
     across = _equal_part(columns, _TILE_COLUMNS[kind])
     down = _equal_part(rows, max(1, _TILE_ELEMENTS[kind] // across))
     found: list[Any] = []
-    for i in range(0, rows, down):
-        for j in range(0, columns, across):
-            here = (slice(i, i + down), slice(j, j + across))
-            tile = _Tile(weight[here], left.dtype, out.dtype)
-            factors = right[:, here[1]] if packed is None else [part[here[1]] for part in packed]
-            tile.add(left[here[0]], factors, None if row is None else row[here[0]], column, here[1])
+    for j in range(0, columns, across):
+        beside = slice(j, j + across)
+        factors = right[:, beside] if packed is None else [part[beside] for part in packed]
+        part_of_column = None if column is None else column[beside]
+        for i in range(0, rows, down):
+            here = (slice(i, i + down), beside)
+            tile = _Tile(weight[here], left.dtype, out.dtype, has_statistics)
+            tile.add(left[here[0]], factors, None if row is None else row[here[0]], part_of_column)
             if has_statistics:
                 found.append(tile.sums())
             out[here].copy_(tile.rounded)
@@ -99,33 +101,37 @@ def _has_onednn() -> bool:
 
 
 class _Tile:
-    """One tile in buffers of the thread's own, which its next tile takes over."""
+    """One tile in buffers of the thread's own, which its next tile takes over.
 
-    def __init__(self, weight: Tensor, arithmetic: torch.dtype, dtype: torch.dtype) -> None:
-        self._weight = weight
+    They are as few as can be: what a tile takes is beyond a core's cache by then, and every one more costs time.
+    """
+
+    def __init__(self, weight: Tensor, arithmetic: torch.dtype, dtype: torch.dtype, has_statistics: bool) -> None:
+        self._weight, self._has_statistics = weight, has_statistics
         self._wide = scratch("wide", weight, arithmetic).copy_(weight)
-        self._delta = scratch("delta", weight, arithmetic)
-        self._sum = scratch("sum", weight, arithmetic)
         self.rounded = scratch("rounded", weight, dtype)
+        self._terms: list[Any] = []
 
-    def add(
-        self, left: Tensor, right: Tensor | list[Tensor], row: Tensor | None, column: Tensor | None, across: slice
-    ) -> None:
+    def add(self, left: Tensor, right: Tensor | list[Tensor], row: Tensor | None, column: Tensor | None) -> None:
+        wide = self._wide
         if not left.shape[1]:
-            self._delta.zero_()
-            self._sum.copy_(self._wide)  # W + 0 would turn -0 into 0
+            self._delta = scratch("delta", wide, wide.dtype).zero_()
         else:
-            if isinstance(right, Tensor):
-                self._multiply(left, right)
-            else:
-                self._multiply_packed(left, right)
+            self._delta = self._multiply(left, right) if isinstance(right, Tensor) else _multiply_packed(left, right)
             if row is not None:
-                self._delta.addcmul_(self._wide, row.unsqueeze(1))
+                self._delta.addcmul_(wide, row.unsqueeze(1))
             if column is not None:
-                self._delta.addcmul_(self._wide, column[across])
-            torch.add(self._wide, self._delta, out=self._sum)
+                self._delta.addcmul_(wide, column)
+        if self._has_statistics:
+            self._terms = [_square(self._delta), _square(wide)]
+        needs_delta = self.rounded.dtype in (wide.dtype, torch.float16)
+        self._sum = scratch("sum", wide, wide.dtype) if needs_delta else self._delta
+        if left.shape[1]:
+            torch.add(wide, self._delta, out=self._sum)
+        else:
+            self._sum.copy_(wide)  # W + 0 would turn -0 into 0
         self.rounded.copy_(self._sum)
-        if self.rounded.dtype == torch.float16 and self._sum.dtype == torch.float32:
+        if self.rounded.dtype == torch.float16 and wide.dtype == torch.float32:
             self._mend_ties()
 
     def _mend_ties(self) -> None:
@@ -140,34 +146,36 @@ class _Tile:
         towards = torch.where(lost == 0, found, torch.copysign(torch.full_like(found, math.inf), lost.to(found.dtype)))
         self.rounded.view(-1)[ties] = torch.nextafter(found, towards).to(self.rounded.dtype)
 
-    def _multiply(self, left: Tensor, right: Tensor) -> None:
+    def _multiply(self, left: Tensor, right: Tensor) -> Tensor:
         """Sums of few ranks each: a sum of all in one chain, of 128 say, has twice the error and saves no time."""
+        delta = scratch("delta", self._wide, self._wide.dtype)
         for first in range(0, left.shape[1], _RANKS_AT_ONCE):
             part = slice(first, first + _RANKS_AT_ONCE)
-            torch.addmm(self._delta, left[:, part], right[part], beta=float(first > 0), out=self._delta)
-
-    def _multiply_packed(self, left: Tensor, right: list[Tensor]) -> None:
-        first = 0
-        for number, part in enumerate(right):
-            ranks = left[:, first : first + part.shape[1]].contiguous()  # oneDNN is slow by thousands where it is not
-            product = _product(ranks, part)
-            self._delta = product if not number else self._delta.add_(product)
-            first += part.shape[1]
+            torch.addmm(delta, left[:, part], right[part], beta=float(first > 0), out=delta)
+        return delta
 
     def sums(self) -> Sums | Tensor:
-        """Spends the tile's sum."""
+        """Spends the tile's sum, and W where the result is narrower."""
         plain = self._weight if self._weight.dtype == self.rounded.dtype else self._weight.to(self.rounded.dtype)
         if self.rounded.dtype == self._sum.dtype:
             # W' − W is exact where δ is the smaller, and what it lacks of δ is what the addition lost
             lost = self._sum.sub_(self._wide).sub_(self._delta)
         else:
-            lost = self._sum.sub_(self.rounded)
-        values = (self._delta, self._wide, lost)
+            lost = self._sum.sub_(self._wide.copy_(self.rounded))  # of two dtypes torch would widen one in new memory
         if self._weight.device.type != "cpu":
             same = (as_bits(plain) == as_bits(self.rounded)).sum(dtype=torch.float64)
-            return torch.stack([*(torch.linalg.vector_norm(each, dtype=torch.float64) ** 2 for each in values), same])
+            return torch.stack([*self._terms, _square(lost), same])
         unchanged = float(np.count_nonzero(as_bits(plain).numpy() == as_bits(self.rounded).numpy()))
-        return (*(_square(each) for each in values), unchanged)  # type: ignore[return-value]
+        return (*self._terms, _square(lost), unchanged)  # type: ignore[return-value]
+
+
+def _multiply_packed(left: Tensor, right: list[Tensor]) -> Tensor:
+    first = right[0].shape[1]
+    delta = _product(left[:, :first].contiguous(), right[0])  # oneDNN is slow by thousands where it is not
+    for part in right[1:]:
+        delta.add_(_product(left[:, first : first + part.shape[1]].contiguous(), part))
+        first += part.shape[1]
+    return delta
 
 
 def _equal(bits: Tensor, mask: int, pattern: int) -> Tensor:
@@ -177,8 +185,11 @@ def _equal(bits: Tensor, mask: int, pattern: int) -> Tensor:
     return torch.from_numpy(np.flatnonzero((bits.numpy() & mask) == pattern))
 
 
-def _square(values: Tensor) -> float:
-    """The sum of the squares; once more in float64 where float32 does not hold it."""
+def _square(values: Tensor) -> float | Tensor:
+    """The sum of the squares; on the CPU once more in float64 where float32 does not hold it."""
     flat = values.view(-1)
+    if values.device.type != "cpu":
+        squared: Tensor = torch.linalg.vector_norm(flat, dtype=torch.float64) ** 2
+        return squared
     total = float(torch.dot(flat, flat))
     return total if math.isfinite(total) else float(flat.to(torch.float64).square().sum())

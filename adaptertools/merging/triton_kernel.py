@@ -9,8 +9,10 @@ A program keeps its rows of left and goes over tiles of columns, so that the til
 while one is computed. Imported on use: Triton comes with torch for CUDA alone.
 """
 
+import functools
 import threading
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 import triton
@@ -32,29 +34,20 @@ _launching = threading.Lock()
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Split:
-    """left · right, each as a float16 number and its remainder, and the powers of two that rows and columns stand for.
+    """left · right, each as float16 numbers and their remainders, and powers of two by which rows and columns count.
 
-    Shapes: left_* (m, r), right_* (r, n'), rows' (m,), columns' (n,); r and n' are filled up with zeros
+    Shapes: left (2, m, r), right (2, r, n'), left_scale (m,), right_scale (n,); r and n' are filled up with zeros
     """
 
-    left_high: Tensor
-    left_low: Tensor
+    left: Tensor
     left_scale: Tensor
-    right_high: Tensor
-    right_low: Tensor
+    right: Tensor
     right_scale: Tensor
 
     def rows(self, start: int, count: int) -> "Split":
         """That of some rows alone."""
         part = slice(start, start + count)
-        return Split(
-            self.left_high[part],
-            self.left_low[part],
-            self.left_scale[part],
-            self.right_high,
-            self.right_low,
-            self.right_scale,
-        )
+        return Split(self.left[:, part], self.left_scale[part], self.right, self.right_scale)
 
 
 def split(left: Tensor, right: Tensor) -> Split:
@@ -74,14 +67,14 @@ def split(left: Tensor, right: Tensor) -> Split:
     wide_right = wide_right * torch.exp2(together - top - half - exponents[1]).unsqueeze(1)
     rank = _padded(left.shape[1])
     columns = -(-right.shape[1] // 16) * 16
-    left_high, left_low, rows = _halves(wide_left, (0, rank - left.shape[1]))
-    right_high, right_low, across = _halves(
+    left_halves, rows = _halves(wide_left, (0, rank - left.shape[1]))
+    right_halves, across = _halves(
         wide_right.mT, (0, rank - left.shape[1], 0, columns - right.shape[1]), transposed=True
     )
     upper = torch.ceil(top / 2)
     left_scale = torch.exp2(rows + upper).to(torch.float32)
     right_scale = torch.exp2(across + (top - upper)).to(torch.float32)
-    return Split(left_high, left_low, left_scale, right_high, right_low, right_scale)
+    return Split(left_halves, left_scale, right_halves, right_scale)
 
 
 def add_product(
@@ -94,8 +87,12 @@ def add_product(
     Shapes: weight (m, n), row (m,), column (n,), out (m, n)
     Memory: nothing but the sums
     """
+    if (fast := _hopper_kernel(weight.device)) and row is None and column is None and not has_statistics:
+        with _launching, torch.cuda.device(weight.device):
+            if fast.add_product(weight, split, out):
+                return torch.zeros(4, device=weight.device)
     rows, columns = weight.shape
-    rank = split.left_high.shape[1]
+    rank = split.left.shape[2]
     down, across, warps, chain, stages = configuration(rank, has_statistics)
     while chain > 1 and triton.cdiv(columns, across * chain) * triton.cdiv(rows, down) < 512:
         chain //= 2
@@ -105,10 +102,8 @@ def add_product(
         _add_product[grid](
             weight,
             out,
-            split.left_high,
-            split.left_low,
-            split.right_high,
-            split.right_low,
+            *split.left,
+            *split.right,
             split.left_scale,
             split.right_scale,
             weight if row is None else row,
@@ -118,7 +113,7 @@ def add_product(
             columns,
             weight.stride(0),
             out.stride(0),
-            split.right_high.stride(0),
+            split.right.stride(1),
             rank,
             PANEL=min(rank, _CHUNK if rank > _WIDEST else rank),
             IS_CHUNKED=rank > _WIDEST,
@@ -143,6 +138,16 @@ def warm_up(device: torch.device) -> None:
         _nothing[(1,)]()
 
 
+@functools.cache
+def _hopper_kernel(device: torch.device) -> ModuleType | None:
+    """The kernel for the GPUs that it is made for, in the releases of Triton that it is known to compile in."""
+    if not triton.__version__.startswith("3.6.") or torch.cuda.get_device_capability(device) != (9, 0):
+        return None
+    from adaptertools.merging import hopper_kernel
+
+    return hopper_kernel
+
+
 _WIDEST = 128
 """The most ranks that a program keeps at hand."""
 
@@ -165,15 +170,14 @@ def _padded(rank: int) -> int:
     return max(16, 1 << (rank - 1).bit_length())
 
 
-def _halves(wide: Tensor, padding: tuple[int, ...], transposed: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows as a float16 number and its remainder, filled up with zeros, and the exponents that they were divided by."""
+def _halves(wide: Tensor, padding: tuple[int, ...], transposed: bool = False) -> tuple[Tensor, Tensor]:
+    """Rows as float16 numbers and their remainders, filled up with zeros, and the exponents they were divided by."""
     size = wide.abs().amax(dim=1) if wide.shape[1] else wide.new_zeros(len(wide))
     exponents = torch.frexp(size).exponent.to(torch.float64) - _HALF_BITS
     scaled = torch.nn.functional.pad(wide * torch.exp2(-exponents).unsqueeze(1), padding)
     scaled = scaled.mT if transposed else scaled
-    high = scaled.to(torch.float16).contiguous()
-    low = (scaled - high).to(torch.float16).contiguous()
-    return high, low, exponents
+    high = scaled.to(torch.float16)
+    return torch.stack([high, (scaled - high).to(torch.float16)]), exponents
 
 
 @triton.jit  # type: ignore[untyped-decorator]
