@@ -117,7 +117,7 @@ def test_a_faulty_rename_is_an_error_of_ours(text: str, adapter: Adapter) -> Non
 
 
 def test_two_targets_of_one_name_are_refused(adapter: Adapter) -> None:
-    with pytest.raises(DuplicateTargetError):
+    with pytest.raises(DuplicateTargetError, match=r"^--rename \[qv\]_proj=qv_proj: .*qv_proj"):
         select(adapter, rename=["[qv]_proj=qv_proj"])
     with pytest.raises(DuplicateTargetError, match=r"classifier\.weight"):
         select(adapter, rename=[r"classifier\.(dense|out_proj)=classifier"])

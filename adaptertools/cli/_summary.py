@@ -17,7 +17,7 @@ def summary_text(src: str, summary: "Summary", values: str | None = None) -> str
         field("modules", f"{summary.modules:,} ({_listed(summary.targets)})"),
         field("rank", _counted(summary.ranks)),
         field("alpha", _counted(summary.alphas)),
-        field("scaling", f"{_counted(summary.scalings)} by {' and '.join(summary.scale_rules)}"),
+        field("scaling", f"{_counted(summary.scalings)} {' and '.join(map(_by, summary.scale_rules))}"),
         field("dtype", _counted(summary.dtypes)),
         field("size", size(summary.nbytes)),
         field("parameters", _parameters(summary)),
@@ -65,6 +65,10 @@ def _counted(counts: Mapping[Any, int]) -> str:
     """Each value, and how many have it where there are several: `8 (20), 16 (4)`."""
     named = {number(value) if isinstance(value, int | float) else value: times for value, times in counts.items()}
     return _listed(named) if len(named) > 1 else ", ".join(named) or "none"
+
+
+def _by(rule: str) -> str:
+    return "as the file states it" if rule == "direct" else f"by {rule}"
 
 
 def _listed(counts: Mapping[str, int], most: int = 12) -> str:

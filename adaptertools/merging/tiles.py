@@ -166,7 +166,7 @@ class _Tile:
             same = (as_bits(plain) == as_bits(self.rounded)).sum(dtype=torch.float64)
             return torch.stack([*self._terms, _square(lost), same])
         unchanged = float(np.count_nonzero(as_bits(plain).numpy() == as_bits(self.rounded).numpy()))
-        return (*self._terms, _square(lost), unchanged)  # type: ignore[return-value]
+        return (*self._terms, _square(lost), unchanged)
 
 
 def _multiply_packed(left: Tensor, right: list[Tensor]) -> Tensor:

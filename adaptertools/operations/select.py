@@ -104,15 +104,15 @@ def _rename(adapter: Adapter, text: str) -> Adapter:
             renamed[new_name(name)] = weight
         return renamed
 
-    return replace(
-        adapter,
-        modules=tuple(
-            replace(module, target=replace(module.target, parameter=new_name(module.target.parameter)))
-            for module in adapter.modules
-        ),
-        full_weights=rename_keys(adapter.full_weights),
-        row_weights=rename_keys(adapter.row_weights),
-    )
+    modules = [
+        replace(module, target=replace(module.target, parameter=new_name(module.target.parameter)))
+        for module in adapter.modules
+    ]
+    full_weights, row_weights = rename_keys(adapter.full_weights), rename_keys(adapter.row_weights)
+    try:
+        return replace(adapter, modules=tuple(modules), full_weights=full_weights, row_weights=row_weights)
+    except DuplicateTargetError as error:
+        raise DuplicateTargetError(f"--rename {text}: {error}") from None
 
 
 def _parse(text: str) -> Renaming:
