@@ -4,6 +4,7 @@ import functools
 import math
 import platform
 from collections.abc import Sequence
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -41,24 +42,28 @@ def add_product(
     """out = W + left · right + W ⊙ (row + column), rounded once; `out` may be `weight`. `packed` is `pack(right)`.
 
     Shapes: weight (m, n), left (m, r), right (r, n), row (m,), column (n,), out (m, n)
-    Memory: a tile, three times in the dtype of the factors and once in that of the result
+    Memory: a tile, two or three times in the dtype of the factors and once in that of the result
     """
     rows, columns = weight.shape
     kind = weight.device.type if weight.device.type in _TILE_ELEMENTS else "cpu"
     across = _equal_part(columns, _TILE_COLUMNS[kind])
     down = _equal_part(rows, max(1, _TILE_ELEMENTS[kind] // across))
     found: list[Any] = []
-    for j in range(0, columns, across):
-        beside = slice(j, j + across)
+    tile: _Tile | None = None
+    for first in range(0, columns, across):
+        beside = slice(first, first + across)
         factors = right[:, beside] if packed is None else [part[beside] for part in packed]
         part_of_column = None if column is None else column[beside]
-        for i in range(0, rows, down):
-            here = (slice(i, i + down), beside)
-            tile = _Tile(weight[here], left.dtype, out.dtype, has_statistics)
-            tile.add(left[here[0]], factors, None if row is None else row[here[0]], part_of_column)
+        parts_of_row = repeat(None) if row is None else torch.split(row, down)
+        # cut at once: every call of torch lets go of the interpreter, and waiting for it again is what costs
+        cuts = (torch.split(weight[:, beside], down), torch.split(left, down), torch.split(out[:, beside], down))
+        for here, ranks, there, part_of_row in zip(*cuts, parts_of_row, strict=False):
+            if tile is None or tile.rounded.shape != here.shape:
+                tile = _Tile(here, left.dtype, out.dtype, has_statistics)
+            tile.add(here, ranks, factors, part_of_row, part_of_column)
             if has_statistics:
                 found.append(tile.sums())
-            out[here].copy_(tile.rounded)
+            there.copy_(tile.rounded)
     if weight.device.type != "cpu":
         return torch.stack(found).sum(dim=0) if found else torch.zeros(4, dtype=torch.float64, device=weight.device)
     return tuple(math.fsum(values) for values in zip(*found, strict=True)) if found else (0.0,) * 4  # type: ignore[return-value]
@@ -101,19 +106,25 @@ def _has_onednn() -> bool:
 
 
 class _Tile:
-    """One tile in buffers of the thread's own, which its next tile takes over.
+    """Tiles of one shape, one after the other, in buffers of the thread's own.
 
-    They are as few as can be: what a tile takes is beyond a core's cache by then, and every one more costs time.
+    These are as few as can be: they take more than a core's cache holds, and every one more costs time.
     """
 
-    def __init__(self, weight: Tensor, arithmetic: torch.dtype, dtype: torch.dtype, has_statistics: bool) -> None:
-        self._weight, self._has_statistics = weight, has_statistics
-        self._wide = scratch("wide", weight, arithmetic).copy_(weight)
-        self.rounded = scratch("rounded", weight, dtype)
-        self._terms: list[Any] = []
+    def __init__(self, like: Tensor, arithmetic: torch.dtype, dtype: torch.dtype, has_statistics: bool) -> None:
+        self._has_statistics = has_statistics
+        self._wide = scratch("wide", like, arithmetic)
+        self.rounded = scratch("rounded", like, dtype)
+        self._bits = as_bits(self.rounded)
+        self._same = scratch("same", like, torch.bool).numpy() if like.device.type == "cpu" else None
 
-    def add(self, left: Tensor, right: Tensor | list[Tensor], row: Tensor | None, column: Tensor | None) -> None:
-        wide = self._wide
+    def add(
+        self, weight: Tensor, left: Tensor, right: Tensor | list[Tensor], row: Tensor | None, column: Tensor | None
+    ) -> None:
+        self._weight = weight
+        wide = self._wide.copy_(weight)
+        self._terms = [_square(wide)] if self._has_statistics else []  # while it is in the cache
+        self._delta = self._sum = wide  # the product of the tile before is let go of: the next one takes its memory
         if not left.shape[1]:
             self._delta = scratch("delta", wide, wide.dtype).zero_()
         else:
@@ -123,7 +134,7 @@ class _Tile:
             if column is not None:
                 self._delta.addcmul_(wide, column)
         if self._has_statistics:
-            self._terms = [_square(self._delta), _square(wide)]
+            self._terms.insert(0, _square(self._delta))
         needs_delta = self.rounded.dtype in (wide.dtype, torch.float16)
         self._sum = scratch("sum", wide, wide.dtype) if needs_delta else self._delta
         if left.shape[1]:
@@ -162,20 +173,22 @@ class _Tile:
             lost = self._sum.sub_(self._wide).sub_(self._delta)
         else:
             lost = self._sum.sub_(self._wide.copy_(self.rounded))  # of two dtypes torch would widen one in new memory
+        terms: list[Any] = [*self._terms, _square(lost)]
         if self._weight.device.type != "cpu":
-            same = (as_bits(plain) == as_bits(self.rounded)).sum(dtype=torch.float64)
-            return torch.stack([*self._terms, _square(lost), same])
-        unchanged = float(np.count_nonzero(as_bits(plain).numpy() == as_bits(self.rounded).numpy()))
-        return (*self._terms, _square(lost), unchanged)
+            same = (as_bits(plain) == self._bits).sum(dtype=torch.float64)
+            return torch.stack([*terms, same])
+        same_bits = np.equal(as_bits(plain).numpy(), self._bits.numpy(), out=self._same)
+        unchanged = float(np.count_nonzero(same_bits))
+        return (*terms, unchanged)
 
 
 def _multiply_packed(left: Tensor, right: list[Tensor]) -> Tensor:
-    first = right[0].shape[1]
-    delta = _product(left[:, :first].contiguous(), right[0])  # oneDNN is slow by thousands where it is not
-    for part in right[1:]:
-        delta.add_(_product(left[:, first : first + part.shape[1]].contiguous(), part))
-        first += part.shape[1]
-    return delta
+    if len(right) == 1:
+        return _product(left.contiguous(), right[0])
+    parts = torch.split(left, [part.shape[1] for part in right], dim=1)
+    # oneDNN is slow by thousands where the left one is not contiguous
+    products = (_product(ranks.contiguous(), part) for ranks, part in zip(parts, right, strict=True))
+    return functools.reduce(Tensor.add_, products)
 
 
 def _equal(bits: Tensor, mask: int, pattern: int) -> Tensor:
