@@ -105,6 +105,23 @@ def test_neither_workers_nor_memory_nor_flushing_change_a_byte(base: Path, tmp_p
     assert all(result == results[0] for result in results)
 
 
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system has no posix_fadvise")
+@pytest.mark.parametrize("flush", [True, False])
+@pytest.mark.usefixtures("small_blocks")
+def test_every_byte_is_on_its_way_to_disk_as_soon_as_it_is_written(
+    flush: bool, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[tuple[int, int, int]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda handle, *span: begun.append((os.fstat(handle).st_ino, *span[:2])))
+    run_merge(make_plan(base), tmp_path / "merged", device="cpu", flush=flush)
+    files = {(path.stat().st_ino, path.stat().st_size) for path in (tmp_path / "merged").glob("*.safetensors")}
+    for inode, size in files:
+        spans = sorted(span for each, *span in begun if each == inode)
+        ends = [0, *(offset + nbytes for offset, nbytes in spans)]
+        assert [offset for offset, _ in spans] == (ends[:-1] if flush else [])
+        assert ends[-1] == (size if flush else 0)
+
+
 def test_a_second_merge_elsewhere_and_later_is_the_same_to_the_byte(base: Path, tmp_path: Path) -> None:
     run_merge(make_plan(base), tmp_path / "one", device="cpu")
     for path in base.iterdir():

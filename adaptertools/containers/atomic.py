@@ -223,6 +223,17 @@ def sync_tree(folder: Path) -> None:
             pass
 
 
+def begin_sync(handle: int, offset: int, nbytes: int) -> None:
+    """Have bytes of a file that were just written go to disk from now on, while other work is done.
+
+    Where nothing is said, Linux waits until its memory fills up, and the whole file is left to the flush in the end.
+    """
+    if hasattr(os, "posix_fadvise"):
+        with suppress(OSError):
+            # "not needed" begins to write what is dirty; only pages that are clean already leave the cache
+            os.posix_fadvise(handle, offset, nbytes, os.POSIX_FADV_DONTNEED)
+
+
 def sync(path: Path) -> None:
     """Flush a file, or the entries of a folder, to disk."""
     handle = os.open(path, os.O_RDONLY)

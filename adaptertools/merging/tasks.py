@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from adaptertools.containers.atomic import explained
+from adaptertools.containers.atomic import begin_sync, explained
 from adaptertools.containers.tensorfile import reading
 from adaptertools.errors import NonFiniteError
 from adaptertools.merging.blocks import block_rows, source_dtype
@@ -112,6 +112,11 @@ class Output:
     def write(self, offset: int, content: memoryview | bytes) -> None:
         """Raises: OSError"""
         write_from(self._open(), offset, content)
+        self._begin_flush(offset, len(content))
+
+    def _begin_flush(self, offset: int, nbytes: int) -> None:
+        if self._staging.flush:
+            begin_sync(self._open(), offset, nbytes)
 
     def close(self) -> None:
         """Close it, finished or not."""
@@ -157,6 +162,7 @@ class Output:
             return
         source = self._sources.handle(chunk.source)
         copy_range(source, chunk.source, chunk.begin, self._open(), chunk.offset, chunk.nbytes)
+        self._begin_flush(chunk.offset, chunk.nbytes)
 
     def _move(self, tensor: Tensor, offset: int) -> Iterator[Task]:
         """A tensor of a torch file: it is mapped, and need not be contiguous."""
