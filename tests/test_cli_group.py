@@ -27,6 +27,20 @@ def process(*args: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **env})
 
 
+def test_the_end_of_the_program_removes_what_something_still_holds() -> None:
+    code = """
+from adaptertools.cli import _leave
+from adaptertools.hub.headers import Home
+home = Home()
+print(home.path, home.path.is_dir())
+_leave(3)
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    place, stood = ran.stdout.split()
+    assert (ran.returncode, stood, ran.stderr) == (3, "True", "")
+    assert not Path(place).exists()
+
+
 def test_the_commands_are_the_files_of_the_folder() -> None:
     assert {"convert", "rescale", "inspect", "formats"} <= set(COMMANDS)
     assert not {"options", "-report", "report"} & set(COMMANDS)

@@ -294,6 +294,20 @@ def test_whole_weights_that_differ_need_a_choice(tmp_path: Path) -> None:
         plan_merge(base, adapters, full_weights=4)
 
 
+@pytest.mark.parametrize(
+    ("given", "named"), [("a/path", "str"), (["a/path"], "str"), ([Path("a/path")], "Path"), (None, "Adapter")]
+)
+def test_what_is_no_list_of_adapters_is_an_error_of_ours(given: Any, named: str, tmp_path: Path) -> None:
+    write_base(tmp_path, {"a.weight": torch.ones(2, 2)})
+    adapters = given or Adapter(modules=(), full_weights={"a.weight": FullWeight(weight=torch.ones(2, 2))})
+    for call in (
+        lambda: adaptertools.plan_merge(tmp_path, adapters),
+        lambda: adaptertools.merge_into({"a.weight": torch.ones(2, 2)}, adapters),
+    ):
+        with pytest.raises(OptionError, match=rf"^adapters: found .*{named}, expected a list of Adapter"):
+            call()
+
+
 def test_a_head_that_the_base_lacks_is_added(tmp_path: Path) -> None:
     config = {"model_type": "bert", "architectures": ["BertForSequenceClassification"]}
     base = write_base(tmp_path, LAYERS, config, shards=2)

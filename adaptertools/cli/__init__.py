@@ -7,6 +7,7 @@ shell completion never load torch.
 Exit codes: 0 done, 1 failed, 2 usage, 4 done and the answer is no (`diff`, `check`, `verify`), 130 Ctrl-C.
 """
 
+import atexit
 import gc
 import os
 import sys
@@ -43,6 +44,7 @@ def _leave(code: str | int | None) -> NoReturn:
         sys.exit(code)  # Python says what it can
     if isinstance(code, str):
         sys.exit(code)
+    atexit._run_exitfuncs()  # temporary folders that something still holds
     os._exit(code or 0)
 
 

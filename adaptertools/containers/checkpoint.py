@@ -240,5 +240,8 @@ def _read_weights(path: Path) -> TensorFile:
     if container is not None and container.NAME == "gguf":
         raise _gguf_refused(path)
     if container is None or container.NAME not in ("safetensors", "torch"):
-        raise UnknownFormatError(f"{path}: expected the weights of a base model, as safetensors or a torch file")
+        raise UnknownFormatError(
+            f"{path}: expected the weights of a base model, as safetensors or a torch file, found "
+            f"{container.NAME if container else 'another beginning; if it was one of these, download or save it again'}"
+        )
     return container.read(path)

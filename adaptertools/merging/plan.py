@@ -201,6 +201,10 @@ def _notes(adapter: Adapter, base: Checkpoint) -> list[str]:
 def _members(
     adapters: Sequence[Adapter], weights: Sequence[float] | None, sources: Sequence[str] | None
 ) -> list[Member]:
+    given_as = [adapters] if isinstance(adapters, Adapter | str) else adapters
+    if given_as is not adapters or not all(isinstance(each, Adapter) for each in adapters):
+        found = ", ".join(sorted({type(each).__name__ for each in given_as}))
+        raise OptionError(f"adapters: found {found}, expected a list of Adapter, as `adaptertools.read` gives them")
     if not adapters:
         raise OptionError("a merge takes one adapter or more, found none")
     given = [1.0] * len(adapters) if weights is None else list(weights)

@@ -89,8 +89,8 @@ def refuse_tied(base: Checkpoint, tie: Tie, changed: str, source: str) -> Unsupp
     """The error of a change of one of two tied weights."""
     return UnsupportedFeatureError(
         f"{source} changes {changed}, and {base.label} ties its output head to {tie.embedding}: the change was trained "
-        f"on one of the two and would change both. untie (--untie) writes {tie.head} as a tensor of its own and sets "
-        "tie_word_embeddings to false"
+        f"on one of the two and would change both. `merge --untie` (plan_merge with untie=True) writes {tie.head} as a "
+        "tensor of its own and sets tie_word_embeddings to false"
     )
 
 
