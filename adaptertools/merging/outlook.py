@@ -89,8 +89,8 @@ def hire(plan: MergePlan, device: torch.device, max_memory: int, workers: int | 
     each = worker_memory(block)
     if max_memory < _COMMON + each:
         raise OptionError(
-            f"max_memory is {max_memory} bytes, and one worker needs {_COMMON + each} for the blocks of this model: "
-            "allow as much"
+            f"max_memory is {max_memory}, expected {_COMMON + each} or more: what one worker needs for the blocks of "
+            "this model"
         )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return Crew(device, min(workers or min(_MOST_WORKERS, cores), (max_memory - _COMMON) // each), block)

@@ -233,7 +233,7 @@ def resumable(dst: Path, *, flush: bool = True) -> Iterator[Staging]:
         dst = dst.resolve() if dst.is_dir() else dst
         missing = [parent for parent in dst.parents if not parent.exists()]
         dst.parent.mkdir(parents=True, exist_ok=True)
-        lock = _lock(staging_folder(dst))
+        lock = _lock(dst)
     staging = Staging(staging_folder(dst), dst, flush=flush)
     try:
         yield staging
@@ -245,8 +245,9 @@ def resumable(dst: Path, *, flush: bool = True) -> Iterator[Staging]:
                 parent.rmdir()  # where nothing was made, nothing is left
 
 
-def _lock(folder: Path) -> int:
-    """The folder, made where it is missing, with a lock that lasts until its handle is closed."""
+def _lock(dst: Path) -> int:
+    """The folder for a merge into `dst`, made where it is missing, locked until the handle is closed."""
+    folder = staging_folder(dst)
     while True:
         with suppress(FileExistsError):
             folder.mkdir()
@@ -257,7 +258,7 @@ def _lock(folder: Path) -> int:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(lock)
-            raise DestinationError(f"{folder}: another merge into the same destination is running") from None
+            raise DestinationError(f"{dst}: another merge into it is running, in {folder.name}") from None
         except OSError:
             pass  # network file systems may know no locks
         with suppress(FileNotFoundError):
