@@ -24,7 +24,7 @@ from adaptertools.merging.kernels import Statistics
 from adaptertools.merging.shards import Layout
 
 _JOURNAL = "journal.jsonl"
-_ANNOUNCED = "announced.json"
+_ANNOUNCED, _ANNOUNCING = "announced.json", "announced.new"
 _RESULT = "result"
 _ASIDE = f"{_RESULT}-old"
 _INCOMING = "incoming"
@@ -137,9 +137,7 @@ class Staging:
             self.part(layout).replace(target)
             found = target.stat()
         sums = {name: asdict(each) for name, each in statistics.items()}
-        self._journal.add(
-            {_FILE: layout.name, _STATE: [found.st_size, found.st_mtime_ns], _STATISTICS: sums},
-        )
+        self._journal.add({_FILE: layout.name, _STATE: [found.st_size, found.st_mtime_ns], _STATISTICS: sums})
 
     def publish(self, dropped: tuple[str, ...]) -> None:
         """Make the result the destination in one step; of an old one, the files of these patterns go.
@@ -160,7 +158,7 @@ class Staging:
 
         Raises: DestinationError
         """
-        new = self.announced.with_suffix(".new")
+        new = self.folder / _ANNOUNCING
         write_text(new, format_json(read_json(self.result / name)))
         with explained(self.announced):
             new.replace(self.announced)
@@ -178,7 +176,7 @@ class Staging:
 
     def is_of(self, recipe: str) -> bool:
         """Whether what is in the making is made by this recipe."""
-        return self._recipe() == recipe
+        return self._said(_RECIPE) == recipe
 
     def _in_place(self) -> bool:
         inode = self._said(_INODE)
@@ -191,7 +189,7 @@ class Staging:
         for part in (self.folder / _RESULT).glob(f"*{PART}"):
             with suppress(OSError):
                 part.unlink()
-        if self._recipe() is None or not (self.anything_finished() or self.incoming.exists()):
+        if self._said(_RECIPE) is None or not (self.anything_finished() or self.incoming.exists()):
             self.remove()
 
     def begin(self, recipe: str) -> None:
@@ -200,16 +198,13 @@ class Staging:
         Raises: DestinationError
         """
         with explained(self.folder):
-            if self._recipe() != recipe:
+            if self._said(_RECIPE) != recipe:
                 self._journal.remove()  # first, so that what is left is never taken for another's
                 self.announced.unlink(missing_ok=True)
                 for name in (_RESULT, _ASIDE):
                     _clear(self.folder / name)
                 self._journal.add({_RECIPE: recipe})
             (self.folder / _RESULT).mkdir(exist_ok=True)
-
-    def _recipe(self) -> object:
-        return self._said(_RECIPE)
 
     def _said(self, key: str) -> object:
         """The latest word of the journal on what concerns the whole merge."""
@@ -277,8 +272,7 @@ def _opened(folder: Path) -> int:
 
 
 def _is_ours(folder: Path) -> bool:
-    announced = Path(_ANNOUNCED)
-    known = {_JOURNAL, announced.name, announced.with_suffix(".new").name, _RESULT, _ASIDE, _INCOMING}
+    known = {_JOURNAL, _ANNOUNCED, _ANNOUNCING, _RESULT, _ASIDE, _INCOMING}
     try:
         return {entry.name for entry in folder.iterdir()} <= known
     except FileNotFoundError:

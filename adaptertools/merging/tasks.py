@@ -17,7 +17,7 @@ from adaptertools.containers.tensorfile import reading
 from adaptertools.errors import NonFiniteError
 from adaptertools.merging.blocks import block_rows, source_dtype
 from adaptertools.merging.edits import Edit
-from adaptertools.merging.kernels import Prepared, Statistics, cast_statistics, full_precision, prepare
+from adaptertools.merging.kernels import Prepared, Statistics, cast_statistics, prepare
 from adaptertools.merging.plan import MergePlan
 from adaptertools.merging.record import total
 from adaptertools.merging.resume import Staging
@@ -270,7 +270,7 @@ def rehearse(plan: MergePlan, device: torch.device) -> None:
     """
 
     def run() -> None:
-        with suppress(Exception), torch.inference_mode(), full_precision():
+        with suppress(Exception), torch.inference_mode():  # the precision of products is the workers' to settle
             for edit in shapes.values():
                 dtype = source_dtype(plan, edit)
                 rows = block_rows(edit, dtype, device)[0]
