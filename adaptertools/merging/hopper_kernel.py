@@ -1,10 +1,11 @@
 # ruff: noqa: ANN001, ANN202 -- Gluon reads the annotations of a kernel as its own
 """The plain sum of triton_kernel.py, to the same bits, with the instructions of Hopper GPUs (H100, H200).
 
-One warp has the copy engine fetch tiles of W and of the right factor well ahead. Two groups of four warps each keep 64
-rows of the left factor in registers; while the matrix units multiply for the next tile, a group adds the last product
-to W in place and has the copy engine store it. So loads, products and stores all run at once, which Triton's own
-pipelines do not bring about: 81 % of the bandwidth of a copy at rank 32 where those reach 75, 60 % at 128 for 43.
+A program stays on its multiprocessor and takes an equal share of all tiles. One of its warps has the copy engine fetch
+tiles of W and of the factors well ahead. Two groups of four warps each keep 64 rows of the left factor in registers;
+while the matrix units multiply for the next tile, a group adds the last product to W in place and has the copy engine
+store it. So loads, products and stores all run at once, which Triton's own pipelines do not bring about: 83 % of the
+bandwidth of a copy at rank 32 where those reach 75, 66 % at rank 128 for 43.
 
 Written in Gluon, Triton's language a level below, which is experimental and changes from release to release.
 """
@@ -21,6 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from adaptertools.merging.triton_kernel import Split
 
@@ -29,9 +31,6 @@ _ROWS = 64
 
 _TILES = {32: (128, 5, 3), 64: (128, 4, 2), 128: (64, 6, 4)}
 """By rank, the columns of a tile, and how many tiles of W and of the right factor have room: the fastest of an H200."""
-
-_COST_OF_A_START = 4
-"""What a program takes before its first tile is done, in tiles."""
 
 
 def add_product(weight: Tensor, split: Split, out: Tensor) -> bool:
@@ -47,21 +46,25 @@ def add_product(weight: Tensor, split: Split, out: Tensor) -> bool:
     across, room, factor_room = _TILES[rank]
     if rows % (2 * _ROWS) or columns % across:
         return False
-    chain = _chain(columns // across, rows // (2 * _ROWS), weight.device)
-    _add_product[(columns // across // chain, rows // (2 * _ROWS))](
+    count = columns // across
+    tiles = count * (rows // (2 * _ROWS))
+    processors = torch.cuda.get_device_properties(weight.device).multi_processor_count
+    _add_product[(min(tiles, processors),)](
         _described(weight, [2 * _ROWS, across]),
         _described(out, [_ROWS, across]),
-        *split.left,
+        *(_described(half, [2 * _ROWS, rank]) for half in split.left),
         _described(split.right.view(2 * rank, -1), [2 * rank, across]),
         split.left_scale,
         split.right_scale,
-        chain,
+        count,
+        tiles,
         ACROSS=across,
         RANK=rank,
         ROWS=_ROWS,
         ROOM=room,
         FACTOR_ROOM=factor_room,
         num_warps=4,
+        launch_pdl=True,
     )
     return True
 
@@ -78,23 +81,17 @@ def _described(matrix: Tensor, tile: list[int]) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(matrix, tile, gl.NVMMASharedLayout.get_default_for(tile, dtype))
 
 
-def _chain(across: int, down: int, device: torch.device) -> int:
-    """The tiles of a program: so many that all multiprocessors are busy to the end, one program on each."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    lengths = [length for length in range(1, across + 1) if across % length == 0]
-    return min(lengths, key=lambda length: -(-across // length * down // processors) * (length + _COST_OF_A_START))
-
-
 @gluon.jit  # type: ignore[untyped-decorator]
 def _add_product(  # type: ignore[no-untyped-def]
     weight,
     out,
-    LEFT_HIGH,
-    LEFT_LOW,
+    left_high,
+    left_low,
     right,
     LEFT_SCALE,
     RIGHT_SCALE,
-    chain,
+    count,
+    total,
     ACROSS: gl.constexpr,
     RANK: gl.constexpr,
     ROWS: gl.constexpr,
@@ -102,28 +99,27 @@ def _add_product(  # type: ignore[no-untyped-def]
     FACTOR_ROOM: gl.constexpr,
     num_warps: gl.constexpr,
 ):
-    row = gl.program_id(1) * (2 * ROWS)
-    first = gl.program_id(0) * chain * ACROSS
+    """Of `total` tiles, `count` to a block of rows, each program takes as many as any other, block after block."""
+    first = gl.program_id(0) * total // gl.num_programs(0)
+    stop = (gl.program_id(0) + 1) * total // gl.num_programs(0)
+    share = (first, stop, count)
     tiles = gl.allocate_shared_memory(weight.dtype, [ROOM, 2 * ROWS, ACROSS], weight.layout)
     factors = gl.allocate_shared_memory(right.dtype, [FACTOR_ROOM, 2 * RANK, ACROSS], right.layout)
-    tile_full = gl.allocate_shared_memory(gl.int64, [ROOM, 1], mbarrier.MBarrierLayout())
-    tile_free = gl.allocate_shared_memory(gl.int64, [ROOM, 1], mbarrier.MBarrierLayout())
-    factor_full = gl.allocate_shared_memory(gl.int64, [FACTOR_ROOM, 1], mbarrier.MBarrierLayout())
-    factor_free = gl.allocate_shared_memory(gl.int64, [FACTOR_ROOM, 1], mbarrier.MBarrierLayout())
-    for place in gl.static_range(ROOM):
-        mbarrier.init(tile_full.index(place), count=1)
-        mbarrier.init(tile_free.index(place), count=2)
-    for place in gl.static_range(FACTOR_ROOM):
-        mbarrier.init(factor_full.index(place), count=1)
-        mbarrier.init(factor_free.index(place), count=2)
+    # the one that fetches fills a place, and both groups free it
+    tile_ring = (tiles, _barriers(ROOM, 1), _barriers(ROOM, 2))
+    factor_ring = (factors, _barriers(FACTOR_ROOM, 1), _barriers(FACTOR_ROOM, 2))
     fence_async_shared()
-    buffers = (tiles, factors, tile_full, tile_free, factor_full, factor_free)
-    given = (out, LEFT_HIGH, LEFT_LOW, LEFT_SCALE, RIGHT_SCALE)
+    gdc_launch_dependents()  # the next kernel comes to its own wait while this one runs
+    gdc_wait()
+    given = (out, left_high, LEFT_SCALE, RIGHT_SCALE)
     gl.warp_specialize(
         [
-            (_compute, (given, buffers, row, first, chain, ACROSS, RANK, ROWS, ROOM, FACTOR_ROOM, 0)),
-            (_compute, (given, buffers, row, first, chain, ACROSS, RANK, ROWS, ROOM, FACTOR_ROOM, ROWS)),
-            (_fetch, (weight, right, buffers, row, first, chain, ACROSS, RANK, ROWS, ROOM, FACTOR_ROOM)),
+            (_compute, (given, tile_ring, factor_ring, share, ACROSS, RANK, ROWS, ROOM, FACTOR_ROOM, 0)),
+            (_compute, (given, tile_ring, factor_ring, share, ACROSS, RANK, ROWS, ROOM, FACTOR_ROOM, ROWS)),
+            (
+                _fetch,
+                (weight, left_high, left_low, right, tile_ring, factor_ring, share, ACROSS, ROWS, ROOM, FACTOR_ROOM),
+            ),
         ],
         [4, 1],
         [216, 24],
@@ -131,39 +127,59 @@ def _add_product(  # type: ignore[no-untyped-def]
 
 
 @gluon.jit  # type: ignore[untyped-decorator]
+def _barriers(ROOM: gl.constexpr, COUNT: gl.constexpr):  # type: ignore[no-untyped-def]
+    """One for each place of a ring, which `COUNT` have to arrive at."""
+    barriers = gl.allocate_shared_memory(gl.int64, [ROOM, 1], mbarrier.MBarrierLayout())
+    for place in gl.static_range(ROOM):
+        mbarrier.init(barriers.index(place), count=COUNT)
+    return barriers
+
+
+@gluon.jit  # type: ignore[untyped-decorator]
 def _fetch(  # type: ignore[no-untyped-def]
     weight,
+    left_high,
+    left_low,
     right,
-    buffers,
-    row,
-    first,
-    chain,
+    tile_ring,
+    factor_ring,
+    share,
     ACROSS: gl.constexpr,
-    RANK: gl.constexpr,
     ROWS: gl.constexpr,
     ROOM: gl.constexpr,
     FACTOR_ROOM: gl.constexpr,
 ):
-    tiles, factors, tile_full, tile_free, factor_full, factor_free = buffers
-    for tile in range(chain):
-        column = first + tile * ACROSS
-        place = tile % FACTOR_ROOM
-        mbarrier.wait(factor_free.index(place), (tile // FACTOR_ROOM) & 1 ^ 1)
-        mbarrier.expect(factor_full.index(place), 2 * RANK * ACROSS * 2)
-        tma.async_copy_global_to_shared(right, [0, column], factor_full.index(place), factors.index(place))
-        place = tile % ROOM
-        mbarrier.wait(tile_free.index(place), (tile // ROOM) & 1 ^ 1)
-        mbarrier.expect(tile_full.index(place), 2 * ROWS * ACROSS * 2)
-        tma.async_copy_global_to_shared(weight, [row, column], tile_full.index(place), tiles.index(place))
+    first, stop, count = share
+    turn = 0  # of the factors, where the halves of the left one come before the tiles of a block of rows
+    for block in range(first // count, (stop - 1) // count + 1):
+        row = block * (2 * ROWS)
+        _fetch_one(left_high, row, 0, turn, factor_ring, FACTOR_ROOM)
+        _fetch_one(left_low, row, 0, turn + 1, factor_ring, FACTOR_ROOM)
+        turn += 2
+        for tile in range(max(first, block * count), min(stop, (block + 1) * count)):
+            column = (tile - block * count) * ACROSS
+            _fetch_one(right, 0, column, turn, factor_ring, FACTOR_ROOM)
+            _fetch_one(weight, row, column, tile - first, tile_ring, ROOM)
+            turn += 1
+
+
+@gluon.jit  # type: ignore[untyped-decorator]
+def _fetch_one(matrix, row, column, turn, ring, ROOM: gl.constexpr):  # type: ignore[no-untyped-def]
+    """A tile of the matrix, into the next place of the ring once that is free."""
+    places, full, free = ring
+    at = turn % ROOM
+    mbarrier.wait(free.index(at), (turn // ROOM) & 1 ^ 1)
+    mbarrier.expect(full.index(at), matrix.block_shape[0] * matrix.block_shape[1] * 2)
+    place = places.index(at)._reinterpret(matrix.dtype, matrix.block_shape, matrix.layout)
+    tma.async_copy_global_to_shared(matrix, [row, column], full.index(at), place)
 
 
 @gluon.jit  # type: ignore[untyped-decorator]
 def _compute(  # type: ignore[no-untyped-def]
     given,
-    buffers,
-    row,
-    first,
-    chain,
+    tile_ring,
+    factor_ring,
+    share,
     ACROSS: gl.constexpr,
     RANK: gl.constexpr,
     ROWS: gl.constexpr,
@@ -172,40 +188,62 @@ def _compute(  # type: ignore[no-untyped-def]
     BELOW: gl.constexpr,
 ):
     """The rows of one group, `BELOW` so many of the program's."""
-    out, LEFT_HIGH, LEFT_LOW, LEFT_SCALE, RIGHT_SCALE = given
-    tiles, factors, tile_full, tile_free, factor_full, factor_free = buffers
+    out, left, LEFT_SCALE, RIGHT_SCALE = given
+    factors, full, free = factor_ring
+    first, stop, count = share
     PRODUCT: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, ACROSS, 16]
     )
     LEFT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=PRODUCT, k_width=2)
-    row += BELOW
-    i = row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LEFT))
-    k = gl.arange(0, RANK, layout=gl.SliceLayout(0, LEFT))
-    left = gl.expand_dims(i, 1) * RANK + gl.expand_dims(k, 0)
-    left_high = gl.load(LEFT_HIGH + left)
-    left_low = gl.load(LEFT_LOW + left)
-    left_scale = gl.load(LEFT_SCALE + row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, PRODUCT)))
     zero = gl.zeros([ROWS, ACROSS], gl.float32, PRODUCT)
-    mbarrier.wait(factor_full.index(0), 0)
-    product = warpgroup_mma_wait(0, deps=[_begin_product(left_high, left_low, factors.index(0), zero, RANK)])
-    mbarrier.arrive(factor_free.index(0))
-    for tile in range(chain - 1):
-        ahead = (tile + 1) % FACTOR_ROOM
-        mbarrier.wait(factor_full.index(ahead), ((tile + 1) // FACTOR_ROOM) & 1)
-        coming = _begin_product(left_high, left_low, factors.index(ahead), zero, RANK)
-        place = tile % ROOM
-        mbarrier.wait(tile_full.index(place), (tile // ROOM) & 1)
-        column = first + tile * ACROSS
-        _add(product, left_scale, RIGHT_SCALE, out, tiles.index(place).slice(BELOW, ROWS), row, column, PRODUCT)
-        tma.store_wait(pendings=1)
-        mbarrier.arrive(tile_free.index((tile + ROOM - 1) % ROOM), pred=tile > 0)  # of the tile before
-        product = warpgroup_mma_wait(0, deps=[coming])
-        mbarrier.arrive(factor_free.index(ahead))
-    place = (chain - 1) % ROOM
-    mbarrier.wait(tile_full.index(place), ((chain - 1) // ROOM) & 1)
-    column = first + (chain - 1) * ACROSS
-    _add(product, left_scale, RIGHT_SCALE, out, tiles.index(place).slice(BELOW, ROWS), row, column, PRODUCT)
+    i = BELOW + gl.arange(0, ROWS, layout=gl.SliceLayout(1, PRODUCT))
+    j = gl.arange(0, ACROSS, layout=gl.SliceLayout(0, PRODUCT))
+    turn = 0
+    for block in range(first // count, (stop - 1) // count + 1):
+        row = block * (2 * ROWS)
+        left_scale = gl.load(LEFT_SCALE + row + i)
+        left_high = _take_left(left, turn, factor_ring, LEFT, ROWS, FACTOR_ROOM, BELOW)
+        left_low = _take_left(left, turn + 1, factor_ring, LEFT, ROWS, FACTOR_ROOM, BELOW)
+        turn += 2
+        begin = max(first, block * count)
+        last = min(stop, (block + 1) * count) - 1
+        at = turn % FACTOR_ROOM
+        mbarrier.wait(full.index(at), (turn // FACTOR_ROOM) & 1)
+        product = warpgroup_mma_wait(0, deps=[_begin_product(left_high, left_low, factors.index(at), zero, RANK)])
+        mbarrier.arrive(free.index(at))
+        turn += 1
+        for tile in range(begin, last):
+            column = (tile - block * count) * ACROSS
+            right_scale = gl.load(
+                RIGHT_SCALE + column + j
+            )  # asked for early: it is not needed before the next is begun
+            at = turn % FACTOR_ROOM
+            mbarrier.wait(full.index(at), (turn // FACTOR_ROOM) & 1)
+            coming = _begin_product(left_high, left_low, factors.index(at), zero, RANK)
+            delta = product * gl.expand_dims(left_scale, 1) * gl.expand_dims(right_scale, 0)
+            _add(delta, tile - first, tile_ring, out, row + BELOW, column, PRODUCT, ROWS, ROOM, BELOW)
+            product = warpgroup_mma_wait(0, deps=[coming])
+            mbarrier.arrive(free.index(at))
+            turn += 1
+        column = (last - block * count) * ACROSS
+        right_scale = gl.load(RIGHT_SCALE + column + j)
+        delta = product * gl.expand_dims(left_scale, 1) * gl.expand_dims(right_scale, 0)
+        _add(delta, last - first, tile_ring, out, row + BELOW, column, PRODUCT, ROWS, ROOM, BELOW)
     tma.store_wait(pendings=0)
+
+
+@gluon.jit  # type: ignore[untyped-decorator]
+def _take_left(  # type: ignore[no-untyped-def]
+    left, turn, ring, LEFT: gl.constexpr, ROWS: gl.constexpr, ROOM: gl.constexpr, BELOW: gl.constexpr
+):
+    """The group's rows of a half of the left factor, into registers."""
+    places, full, free = ring
+    at = turn % ROOM
+    mbarrier.wait(full.index(at), (turn // ROOM) & 1)
+    half = places.index(at)._reinterpret(left.dtype, left.block_shape, left.layout).slice(BELOW, ROWS).load(LEFT)
+    fence_async_shared()  # or the copy engine may write here while it is still being read
+    mbarrier.arrive(free.index(at))
+    return half
 
 
 @gluon.jit  # type: ignore[untyped-decorator]
@@ -220,13 +258,25 @@ def _begin_product(left_high, left_low, right, zero, RANK: gl.constexpr):  # typ
 
 @gluon.jit  # type: ignore[untyped-decorator]
 def _add(  # type: ignore[no-untyped-def]
-    product, left_scale, RIGHT_SCALE, out, tile, row, column, PRODUCT: gl.constexpr
+    delta,
+    turn,
+    ring,
+    out,
+    row,
+    column,
+    PRODUCT: gl.constexpr,
+    ROWS: gl.constexpr,
+    ROOM: gl.constexpr,
+    BELOW: gl.constexpr,
 ):
-    """Add it to W where that lies, and begin to store the sum."""
-    j = column + gl.arange(0, tile.shape[1], layout=gl.SliceLayout(0, PRODUCT))
-    right_scale = gl.load(RIGHT_SCALE + j)
+    """Add it to W where that lies, begin to store the sum, and free the place of the tile before, which is stored."""
+    places, full, free = ring
+    at = turn % ROOM
+    mbarrier.wait(full.index(at), (turn // ROOM) & 1)
+    tile = places.index(at).slice(BELOW, ROWS)
     wide = tile.load(PRODUCT).to(gl.float32)
-    delta = product * gl.expand_dims(left_scale, 1) * gl.expand_dims(right_scale, 0)
     tile.store((wide + delta).to(tile.dtype))
     fence_async_shared()
     tma.async_copy_shared_to_global(out, [row, column], tile)
+    tma.store_wait(pendings=1)
+    mbarrier.arrive(free.index((turn + ROOM - 1) % ROOM), pred=turn > 0)
