@@ -8,7 +8,16 @@ from adaptertools.api.conversion import convert
 from adaptertools.api.models import estimate, merge_into, plan_merge, verify_merge
 from adaptertools.api.places import Given, as_destination, localize, localize_all
 from adaptertools.api.pushing import push
-from adaptertools.api.reading import detect, from_state_dict, oddities, option_types, read, read_options, reads_with
+from adaptertools.api.reading import (
+    detect,
+    from_state_dict,
+    oddities,
+    open_base,
+    option_types,
+    read,
+    read_options,
+    reads_with,
+)
 from adaptertools.api.reading_back import delta_error_of
 from adaptertools.api.sending import check_there
 from adaptertools.api.writing import (
@@ -38,6 +47,7 @@ __all__ = [
     "localize_all",
     "merge_into",
     "oddities",
+    "open_base",
     "option_types",
     "plan_merge",
     "pull",

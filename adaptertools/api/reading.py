@@ -10,7 +10,8 @@ from torch import Tensor
 from adaptertools import formats
 from adaptertools.adapter import Adapter
 from adaptertools.api.places import Given, localize
-from adaptertools.containers.pipeline import Model, open_model
+from adaptertools.containers.checkpoint import Checkpoint
+from adaptertools.containers.pipeline import Model, Pipeline, open_model
 from adaptertools.containers.source import Source
 from adaptertools.errors import OptionError, UnknownFormatError
 
@@ -21,7 +22,7 @@ def read(
     format: str | None = None,
     alpha: float | None = None,
     slots: str | None = None,
-    base: Given | None = None,
+    base: Given | Model | None = None,
     revision: str | None = None,
     token: str | None = None,
     **options: Any,
@@ -82,11 +83,15 @@ def oddities(path: Given, *, format: str, **options: Any) -> tuple[str, ...]:
     return found
 
 
-def open_base(base: Given, token: str | None = None, *, format: str | None = None) -> Model:
-    """A base model by its headers, or by its config.json alone. `format` is that of the adapter that it is opened for.
+def open_base(base: Given | Model, token: str | None = None, *, format: str | None = None) -> Model:
+    """A base model by its headers, or by its config.json alone; what is one already is itself.
+
+    `format` is that of the adapter that it is opened for.
 
     Raises: SourceNotFoundError, UnknownFormatError, HubError and the like
     """
+    if isinstance(base, Checkpoint | Pipeline):
+        return base
     try:
         return open_model(localize(base, "model", token=token, headers=True), config_suffices=True)
     except UnknownFormatError as error:

@@ -20,7 +20,7 @@ def read_sources(options: "Sources", srcs: "Sequence[Located]") -> "list[Adapter
     from adaptertools import api
 
     formats = _formats(options.source_formats, srcs)
-    base = None if options.base is None else api.localize(options.base, "model", token=options.token, headers=True)
+    base = None if options.base is None else api.open_base(options.base, options.token, format=formats[0])
     given = [{**each, "base": base} for each in _reading_arguments(options, formats)]
     adapters: list[Adapter | None] = []
     missing: dict[int, MissingAlphaError] = {}

@@ -16,9 +16,12 @@ from adaptertools.merging.tying import Tie, check_untying, find_tie, is_head, re
 from adaptertools.merging.whole import Member, Whole, check_replacement, gather, is_classifier, labels
 from adaptertools.module import LoraModule
 from adaptertools.names import parent
-from adaptertools.tensors import check_finite
+from adaptertools.tensors import check_finite, in_parallel
 
 _BIASES = ("bias", "final_logits_bias", "predictions.bias")
+
+_AT_A_TIME = 32
+"""The modules that a thread checks before it takes others."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -173,10 +176,9 @@ class Assembly:
     def _add_modules(self, targets: Sequence[tuple[Member, LoraModule, str | None]]) -> None:
         orientation = Orientation(self.base)
         experts = Experts(self._names, self.base, orientation)
+        _check_finite(targets)
         for member, module, name in targets:
             source = Source(number=member.number, weight=member.weight)
-            for part, tensor in module.tensors.items():
-                check_finite(f"{member.name}: {module.target}.{part}", tensor, may_pass=False)
             if name is not None and (twin := self.draft.same_as(name)):
                 raise UnsupportedFeatureError(
                     f"{member.name}: {module.target} changes {name}, which is the same tensor as {twin} in "
@@ -239,6 +241,19 @@ class Assembly:
         if new != old:
             self.vocabulary = (old, new)
             self.notes.append(f"the vocabulary changes from {old} to {new} tokens, and vocab_size with it")
+
+
+def _check_finite(targets: Sequence[tuple[Member, LoraModule, str | None]]) -> None:
+    """Raises: NonFiniteError that names the first tensor with NaN or infinity"""
+
+    def check(some: Sequence[tuple[Member, LoraModule, str | None]]) -> None:
+        for member, module, _ in some:
+            for part, tensor in module.tensors.items():
+                check_finite(f"{member.name}: {module.target}.{part}", tensor, may_pass=False)
+
+    few = (targets[start : start + _AT_A_TIME] for start in range(0, len(targets), _AT_A_TIME))
+    for _ in in_parallel(check, few):
+        pass
 
 
 def _stated(member: Member) -> list[str]:

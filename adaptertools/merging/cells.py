@@ -57,8 +57,9 @@ def _cell(
     for update, weight, place in terms:
         left = update.left[band.start - update.row : band.stop - update.row]
         right = update.right[:, across.start - update.column : across.stop - update.column]
-        lefts.append((left.to(device, torch.float64) * (update.scale * weight)).to(arithmetic))
-        rights.append(right.to(device, arithmetic))
+        # widened on the device: fewer bytes go there
+        lefts.append((left.to(device).to(torch.float64) * (update.scale * weight)).to(arithmetic))
+        rights.append(right.to(device).to(arithmetic))
         if place is not None:
             renormalized.append((place, slice(rank, rank + left.shape[1])))
         rank += left.shape[1]
