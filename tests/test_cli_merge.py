@@ -326,3 +326,14 @@ def test_an_option_with_a_wrong_value_is_named(
     ran = run("merge", base, peft_folder, tmp_path / "merged", *option)
     assert ran.code == 2
     assert f"{' '.join(option)}: expected" in ran.err
+
+
+def test_a_destination_that_is_taken_is_found_before_adapters_are_read(
+    base: Path, tmp_path: Path, run: Callable[..., Any]
+) -> None:
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "notes.txt").write_text("mine")
+    ran = run("merge", base, tmp_path / "no adapter", tmp_path / "taken")
+    assert ran.code == 1
+    assert "is not replaced: give another name" in ran.err
+    assert "no adapter" in run("merge", base, tmp_path / "no adapter", tmp_path / "merged").err

@@ -339,6 +339,8 @@ def test_a_head_for_other_labels_is_said_in_the_configuration(
     plan = plan_merge(base, [adapter(Q0, full_weights=brought)])
     assert len(plan.config.get("label2id", ())) == (count or 0)
     assert len(plan.config.get("id2label", ())) == (count or 0)
+    said = [note for note in plan.notes if note.startswith(f"the result's head has {count} labels")]
+    assert len(said) == (count is not None)
 
 
 @pytest.mark.parametrize(

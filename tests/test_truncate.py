@@ -590,6 +590,14 @@ def test_writing_what_is_no_adapter_is_an_error_that_says_how_to_get_one(tmp_pat
         adaptertools.write("some/adapter", tmp_path / "a", format="peft")  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="read it first"):
         adaptertools.stored_size(tmp_path, format="peft")  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="read it first"):
+        adaptertools.to_state_dict("some/adapter", format="peft")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("call", [lambda given: adaptertools.rescale(given, 8), adaptertools.summarize])
+def test_so_it_is_where_it_is_rescaled_or_summed_up(call: Callable[[Any], object]) -> None:
+    with pytest.raises(OptionError, match=r"found str: read it first: adaptertools\.read\('some/adapter'\)"):
+        call("some/adapter")
 
 
 @pytest.mark.parametrize(

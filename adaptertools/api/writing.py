@@ -172,6 +172,7 @@ def to_state_dict(
     Memory: every tensor
     Raises: UnsupportedFeatureError if the format cannot carry the adapter
     """
+    expect_adapter(adapter)
     module = formats.get(format)
     encoder = Encoder(_dtype(dtype))
     artifact = _encode(without(adapter, drop), format, encoder, container=None, options=options, base=base)

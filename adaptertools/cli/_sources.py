@@ -9,18 +9,22 @@ from adaptertools.errors import MissingAlphaError, OptionError
 if TYPE_CHECKING:
     from adaptertools.adapter import Adapter
     from adaptertools.cli.options import Sources
+    from adaptertools.containers.pipeline import Model
     from adaptertools.containers.source import Located
 
 
-def read_sources(options: "Sources", srcs: "Sequence[Located]") -> "list[Adapter]":
+def read_sources(options: "Sources", srcs: "Sequence[Located]", base: "Model | None" = None) -> "list[Adapter]":
     """The adapters at these places, in order. Alpha goes to those alone whose file does not state it.
+
+    `base` is the base model where the options do not name it.
 
     Raises: OptionError where an option fits no source, or counts do not match; AdapterToolsError of any reader
     """
     from adaptertools import api
 
     formats = _formats(options.source_formats, srcs)
-    base = None if options.base is None else api.open_base(options.base, options.token, format=formats[0])
+    if options.base is not None:
+        base = api.open_base(options.base, options.token, format=formats[0])
     given = [{**each, "base": base} for each in _reading_arguments(options, formats)]
     adapters: list[Adapter | None] = []
     missing: dict[int, MissingAlphaError] = {}

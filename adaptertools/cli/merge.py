@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,7 +76,9 @@ def command(
     if not dry_run:
         warm_up(device)  # before torch is imported
     from adaptertools.cli._progress import progress
+    from adaptertools.cli._sources import read_sources
     from adaptertools.cli._values import parse_weights
+    from adaptertools.containers.checkpoint import Checkpoint
     from adaptertools.hub.stream import Way
     from adaptertools.linalg import parse_device
     from adaptertools.merging.outlook import preview
@@ -88,11 +90,12 @@ def command(
     computing: dict[str, Any] = {"device": target, "max_memory": _bytes(max_memory), "workers": workers}
     way = Way.parse(dst, token=sources.token, low_disk=low_disk, private=private, work_dir=work_dir)
     with progress("download", output) as advance:
-        base = way.open_base(model, revision=revision, on_progress=advance)
+        base = Checkpoint.open(way.open_base(model, revision=revision, on_progress=advance))
+    way.check_free(base, overwrite=overwrite)
     places = sources.locate(adapters, output)
     plan = plan_merge(
         base,
-        replace(sources, base=base).read_all(places),
+        read_sources(sources, places, base),
         given,
         dtype=parse_dtype(dtype) if dtype else None,
         allow_unmatched=allow_unmatched,

@@ -73,7 +73,7 @@ class Sources:
     slots: str | None
     in_options: Sequence[str]
     token: str | None
-    base: "str | Located | None" = None
+    base: str | None = None
     allow_nonfinite: bool = False
 
     def locate(self, srcs: Sequence[str], output: "Output") -> "list[Located]":

@@ -1,6 +1,5 @@
 """`adaptertools verify`: proof that a merged model is its base and adapters, merged."""
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -56,14 +55,16 @@ def command(
     What no adapter changes must be the base's own, byte by byte; the rest within one rounding of W + s·B·A, or two for
     each adapter (six with DoRA) where another tool made the merge. Exits with 0 if all is right, with 4 if not.
     """
+    from adaptertools.api import open_base
     from adaptertools.cli._progress import progress
+    from adaptertools.cli._sources import read_sources
     from adaptertools.cli._values import parse_weights
     from adaptertools.merging.verify import verify_merge
 
     given = parse_weights(weights, len(adapters))
     base, result = sources.locate_model(model, output), sources.locate_model(merged, output)
     places = sources.locate(adapters, output)
-    read = replace(sources, base=base).read_all(places)
+    read = read_sources(sources, places, open_base(base))
     with progress("verify", output) as advance:
         found = verify_merge(
             base,

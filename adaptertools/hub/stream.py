@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from adaptertools.containers.atomic import explained
+from adaptertools.containers.checkpoint import Checkpoint
 from adaptertools.containers.source import Located, as_path, located
 from adaptertools.errors import OptionError
 from adaptertools.hub import client
@@ -94,6 +95,14 @@ class Way:
         )
         return place
 
+    def check_free(self, base: Checkpoint, *, overwrite: bool = False) -> None:
+        """Make sure, before adapters are read, that a folder may be put there; not where a merge is gone on with.
+
+        Raises: DestinationExistsError
+        """
+        if isinstance(self.dst, Path) and self.unfinished() is None:
+            check_destination(base, self.dst, overwrite=overwrite)
+
     def check(self, plan: MergePlan, *, overwrite: bool = False) -> bool:
         """Make sure that the result may be put there, and change nothing; whether the repository or folder exists.
 
@@ -103,7 +112,7 @@ class Way:
             outgoing = self._outgoing(trial=True)
             outgoing.check(overwrite)
             return not outgoing.commit.created
-        check_destination(plan, self.dst, overwrite=overwrite)
+        check_destination(plan.base, self.dst, overwrite=overwrite)
         return self.dst.exists()
 
     def run(self, plan: MergePlan, *, overwrite: bool = False, **options: Any) -> Merged:

@@ -113,13 +113,13 @@ def _reopened(plan: MergePlan) -> MergePlan:
     return replace(plan, base=base)
 
 
-def check_destination(plan: MergePlan, dst: str | Path, *, overwrite: bool = False) -> None:
+def check_destination(base: Checkpoint, dst: Path, *, overwrite: bool = False) -> None:
     """Make sure that the merge may be put at `dst`; a merge in the making there is no hindrance.
 
     Raises: DestinationExistsError
     """
-    check_apart(plan.base, Path(dst))
-    check_free(Path(dst), overwrite)
+    check_apart(base, dst)
+    check_free(dst, overwrite)
 
 
 def _make(

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from adaptertools.adapter import Adapter, Feature, HistoryEntry, LoraModule, ScaleRule
+from adaptertools.adapter import Adapter, Feature, HistoryEntry, LoraModule, ScaleRule, expect_adapter
 from adaptertools.encoding import Encoder
 from adaptertools.errors import OptionError, UnsupportedFeatureError
 from adaptertools.module import check_alpha
@@ -42,7 +42,7 @@ def rescale(adapter: Adapter, alpha: float, keep: Keep = "delta", *, allow_nonfi
     factor that would lose one becomes float32.
 
     Memory: the factors that change
-    Raises: OptionError for an alpha that is no positive number
+    Raises: OptionError for an alpha that is no positive number, and for what is no adapter
             UnsupportedFeatureError for `weights` on DoRA, for anything but `delta` on a changed base, for `delta` on a
             scaling of 0, and where `ratio` gives a rank that is no whole number, smaller, or beyond the weight's
     """
@@ -68,6 +68,7 @@ def _check(adapter: Adapter, alpha: float, keep: str) -> None:
     if keep not in ("delta", "ratio", "weights"):
         raise OptionError(f"keep is {keep!r}, expected delta, ratio or weights")
     check_alpha(alpha)
+    expect_adapter(adapter)
     if not adapter.modules:
         raise UnsupportedFeatureError("the adapter holds whole weights alone: there is no alpha to change")
     changed = adapter.holders(Feature.CHANGED_BASE)

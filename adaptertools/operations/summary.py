@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from adaptertools.adapter import Adapter, LoraModule, merge_notes
+from adaptertools.adapter import Adapter, LoraModule, expect_adapter, merge_notes
 from adaptertools.linalg import delta_norm
 from adaptertools.names import leaf
 from adaptertools.tensors import all_finite, dtype_name, tensor_bytes
@@ -77,7 +77,9 @@ def summarize(adapter: Adapter, *, values: bool = False) -> Summary:
     `values` gives each module's `delta_norm`, and finds NaN, all-zero factors and modules with the same factors.
 
     Memory: none; with `values` one module in float64
+    Raises: OptionError for what is no adapter
     """
+    expect_adapter(adapter)
     modules, origin = adapter.modules, adapter.origin
     tensors = _distinct(adapter.named_tensors)
     factors = _distinct({name: tensor for module in modules for name, tensor in _named(module)})
