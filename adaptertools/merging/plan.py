@@ -173,9 +173,7 @@ def plan_merge(
     notes += [f"left in the base's folder: {_few(left)}"] if left else []
     if "id2label" in config:
         labels = count(len(config["id2label"]), "label")
-        notes.append(
-            f"the head of the result has {labels}, as its config.json now says: load it as a model for that task"
-        )
+        notes.append(f"the result's head has {labels}, as its config.json now says: load it as a model for that task")
     if opened.files and CONFIG not in copied:
         notes.append("the base has no config.json: the result is weights alone, and takes one to be loaded as a model")
     if shared := [name for name, edit in edits.items() if edit.shares_dora]:
