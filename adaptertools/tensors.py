@@ -6,6 +6,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -83,7 +84,7 @@ def in_parallel(function: Callable[[Item], Result], items: Iterable[Item]) -> It
     Memory: the results of twice as many items as there are cores
     """
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with threads_kept(), ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         waiting: deque[Future[Result]] = deque()
         try:
             for item in items:
@@ -95,6 +96,16 @@ def in_parallel(function: Callable[[Item], Result], items: Iterable[Item]) -> It
         finally:
             for future in waiting:
                 future.cancel()
+
+
+@contextmanager
+def threads_kept() -> Iterator[None]:
+    """Afterwards torch has as many threads as before: what a thread sets for itself, later ones begin with."""
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

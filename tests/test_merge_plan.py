@@ -610,3 +610,10 @@ def test_nothing_is_added_to_integers(dtype: torch.dtype, tmp_path: Path) -> Non
     base = write_base(tmp_path, {"a.table": torch.zeros(6, 4, dtype=dtype)})
     with pytest.raises(AdapterToolsError, match=r"a\.table is (int64|uint8)"):
         plan_merge(base, [adapter(module("a.table", 6, 4))])
+
+
+def test_a_pipeline_of_several_models_is_refused_with_their_names(tmp_path: Path) -> None:
+    for name in ("unet", "text_encoder"):
+        write_base(tmp_path / name, LAYERS)
+    with pytest.raises(OptionError, match=r"several models \(unet, text_encoder\), .* such as .*unet"):
+        plan_merge(tmp_path, [adapter(Q0)])

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -446,3 +447,19 @@ def test_workers_change_no_byte_on_a_gpu(
     run_merge(plan, tmp_path / "one", device="cuda", workers=2)
     run_merge(plan, tmp_path / "other", device="cuda", workers=workers)
     assert contents(tmp_path / "one") == contents(tmp_path / "other")
+
+
+def test_a_merge_leaves_torch_its_threads(base: Path, tmp_path: Path) -> None:
+    """A thread that begins later would take over what workers set for themselves."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        run_merge(make_plan(base), tmp_path / "merged", device="cpu")
+        assert _threads_of_a_new_one() == torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+def _threads_of_a_new_one() -> int:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(torch.get_num_threads).result()

@@ -1,6 +1,7 @@
 """Tensors by name: dtype names, finiteness, bytes, order."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import container_cases as cases
 import pytest
@@ -14,6 +15,7 @@ from adaptertools.tensors import (
     check_finite,
     combine,
     dtype_name,
+    in_parallel,
     materialize,
     natural_order,
     parse_dtype,
@@ -88,3 +90,15 @@ def test_combining_tensors_takes_the_widest_dtype_and_waits() -> None:
     assert (joined.dtype, joined.shape, joined.nbytes, called) == (torch.float32, (4,), 16, [])
     assert materialize(joined).tolist() == [1, 1, 0, 0]
     assert called == [1]
+
+
+def test_work_in_parallel_leaves_torch_its_threads() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert set(in_parallel(lambda _: torch.get_num_threads(), range(9))) == {1}
+        next(iter(in_parallel(str, range(99))))  # and where not all of it is wanted
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(torch.get_num_threads).result() == torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)

@@ -78,7 +78,7 @@ def command(
     from adaptertools.cli._progress import progress
     from adaptertools.cli._sources import read_sources
     from adaptertools.cli._values import parse_weights
-    from adaptertools.containers.checkpoint import Checkpoint
+    from adaptertools.containers.pipeline import open_checkpoint
     from adaptertools.hub.stream import Way
     from adaptertools.linalg import parse_device
     from adaptertools.merging.outlook import preview
@@ -90,7 +90,7 @@ def command(
     computing: dict[str, Any] = {"device": target, "max_memory": _bytes(max_memory), "workers": workers}
     way = Way.parse(dst, token=sources.token, low_disk=low_disk, private=private, work_dir=work_dir)
     with progress("download", output) as advance:
-        base = Checkpoint.open(way.open_base(model, revision=revision, on_progress=advance))
+        base = open_checkpoint(way.open_base(model, revision=revision, on_progress=advance))
     way.check_free(base, overwrite=overwrite)
     places = sources.locate(adapters, output)
     plan = plan_merge(

@@ -38,16 +38,17 @@ class Pipeline:
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        self._refuse()
+        self.refuse()
 
     @property
     def config(self) -> Mapping[str, Any]:
-        self._refuse()
+        self.refuse()
 
-    def _refuse(self) -> NoReturn:
+    def refuse(self) -> NoReturn:
+        """Raises: OptionError that tells to name one of its folders"""
         first = next(iter(self.components))
         raise OptionError(
-            f"{self.label}: these are several models ({', '.join(self.components)}), and this format knows one. "
+            f"{self.label}: these are several models ({', '.join(self.components)}), and one is wanted. "
             f"Name the folder of one, such as {self.label}/{first}"
         )
 
@@ -71,6 +72,17 @@ def open_model(given: str | Path | Located, *, config_suffices: bool = False) ->
         alone = config_suffices and _is_config_alone(path)
         return Checkpoint.of_config(place) if alone else Checkpoint.open(place)
     return Pipeline(components={name: Checkpoint.open(place.at(path / name)) for name in folders}, label=place.label)
+
+
+def open_checkpoint(given: str | Path | Located) -> Checkpoint:
+    """A base model that is one, with its weights.
+
+    Raises: OptionError for a pipeline, naming its models; as `open_model` else
+    """
+    model = open_model(given)
+    if isinstance(model, Pipeline):
+        model.refuse()
+    return model
 
 
 def _is_config_alone(path: Path) -> bool:

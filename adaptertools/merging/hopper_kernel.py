@@ -4,8 +4,8 @@
 A program stays on its multiprocessor and takes an equal share of all tiles. One of its warps has the copy engine fetch
 tiles of W and of the factors well ahead. Two groups of four warps each keep 64 rows of the left factor in registers;
 while the matrix units multiply for the next tile, a group adds the last product to W in place and has the copy engine
-store it. So loads, products and stores all run at once, which Triton's own pipelines do not bring about: 83 % of the
-bandwidth of a copy at rank 32 where those reach 75, 66 % at rank 128 for 43.
+store it. So loads, products and stores all run at once, which Triton's own pipelines do not bring about: 78 % of the
+bandwidth of a copy at rank 32 where those reach 75, 64 % at rank 128 for 43.
 
 Written in Gluon, Triton's language a level below, which is experimental and changes from release to release.
 """
@@ -22,7 +22,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from adaptertools.merging.triton_kernel import Split
 
@@ -64,7 +63,6 @@ def add_product(weight: Tensor, split: Split, out: Tensor) -> bool:
         ROOM=room,
         FACTOR_ROOM=factor_room,
         num_warps=4,
-        launch_pdl=True,
     )
     return True
 
@@ -99,7 +97,7 @@ def _add_product(  # type: ignore[no-untyped-def]
     FACTOR_ROOM: gl.constexpr,
     num_warps: gl.constexpr,
 ):
-    """Of `total` tiles, `count` to a block of rows, each program takes as many as any other, block after block."""
+    """Of `total` tiles, `count` to a block of rows, each program takes an equal share, in their order."""
     first = gl.program_id(0) * total // gl.num_programs(0)
     stop = (gl.program_id(0) + 1) * total // gl.num_programs(0)
     share = (first, stop, count)
@@ -109,8 +107,6 @@ def _add_product(  # type: ignore[no-untyped-def]
     tile_ring = (tiles, _barriers(ROOM, 1), _barriers(ROOM, 2))
     factor_ring = (factors, _barriers(FACTOR_ROOM, 1), _barriers(FACTOR_ROOM, 2))
     fence_async_shared()
-    gdc_launch_dependents()  # the next kernel comes to its own wait while this one runs
-    gdc_wait()
     given = (out, left_high, LEFT_SCALE, RIGHT_SCALE)
     gl.warp_specialize(
         [
@@ -169,7 +165,7 @@ def _fetch_one(matrix, row, column, turn, ring, ROOM: gl.constexpr):  # type: ig
     places, full, free = ring
     at = turn % ROOM
     mbarrier.wait(free.index(at), (turn // ROOM) & 1 ^ 1)
-    mbarrier.expect(full.index(at), matrix.block_shape[0] * matrix.block_shape[1] * 2)
+    mbarrier.expect(full.index(at), matrix.block_shape[0] * matrix.block_shape[1] * 2)  # bytes
     place = places.index(at)._reinterpret(matrix.dtype, matrix.block_shape, matrix.layout)
     tma.async_copy_global_to_shared(matrix, [row, column], full.index(at), place)
 
@@ -187,8 +183,8 @@ def _compute(  # type: ignore[no-untyped-def]
     FACTOR_ROOM: gl.constexpr,
     BELOW: gl.constexpr,
 ):
-    """The rows of one group, `BELOW` so many of the program's."""
-    out, left, LEFT_SCALE, RIGHT_SCALE = given
+    """What one group does: its `ROWS` rows of every block of rows, which begin `BELOW` rows into the block."""
+    out, like, LEFT_SCALE, RIGHT_SCALE = given
     factors, full, free = factor_ring
     first, stop, count = share
     PRODUCT: gl.constexpr = gl.NVMMADistributedLayout(
@@ -202,8 +198,8 @@ def _compute(  # type: ignore[no-untyped-def]
     for block in range(first // count, (stop - 1) // count + 1):
         row = block * (2 * ROWS)
         left_scale = gl.load(LEFT_SCALE + row + i)
-        left_high = _take_left(left, turn, factor_ring, LEFT, ROWS, FACTOR_ROOM, BELOW)
-        left_low = _take_left(left, turn + 1, factor_ring, LEFT, ROWS, FACTOR_ROOM, BELOW)
+        left_high = _take_left(like, turn, factor_ring, LEFT, ROWS, FACTOR_ROOM, BELOW)
+        left_low = _take_left(like, turn + 1, factor_ring, LEFT, ROWS, FACTOR_ROOM, BELOW)
         turn += 2
         begin = max(first, block * count)
         last = min(stop, (block + 1) * count) - 1
@@ -214,9 +210,8 @@ def _compute(  # type: ignore[no-untyped-def]
         turn += 1
         for tile in range(begin, last):
             column = (tile - block * count) * ACROSS
-            right_scale = gl.load(
-                RIGHT_SCALE + column + j
-            )  # asked for early: it is not needed before the next is begun
+            # asked for before the wait, so that it is here when the product is scaled
+            right_scale = gl.load(RIGHT_SCALE + column + j)
             at = turn % FACTOR_ROOM
             mbarrier.wait(full.index(at), (turn // FACTOR_ROOM) & 1)
             coming = _begin_product(left_high, left_low, factors.index(at), zero, RANK)
@@ -234,13 +229,13 @@ def _compute(  # type: ignore[no-untyped-def]
 
 @gluon.jit  # type: ignore[untyped-decorator]
 def _take_left(  # type: ignore[no-untyped-def]
-    left, turn, ring, LEFT: gl.constexpr, ROWS: gl.constexpr, ROOM: gl.constexpr, BELOW: gl.constexpr
+    like, turn, ring, LEFT: gl.constexpr, ROWS: gl.constexpr, ROOM: gl.constexpr, BELOW: gl.constexpr
 ):
-    """The group's rows of a half of the left factor, into registers."""
+    """The group's rows of a half of the left factor, into registers; the places of both are `like` one of them."""
     places, full, free = ring
     at = turn % ROOM
     mbarrier.wait(full.index(at), (turn // ROOM) & 1)
-    half = places.index(at)._reinterpret(left.dtype, left.block_shape, left.layout).slice(BELOW, ROWS).load(LEFT)
+    half = places.index(at)._reinterpret(like.dtype, like.block_shape, like.layout).slice(BELOW, ROWS).load(LEFT)
     fence_async_shared()  # or the copy engine may write here while it is still being read
     mbarrier.arrive(free.index(at))
     return half
@@ -269,7 +264,7 @@ def _add(  # type: ignore[no-untyped-def]
     ROOM: gl.constexpr,
     BELOW: gl.constexpr,
 ):
-    """Add it to W where that lies, begin to store the sum, and free the place of the tile before, which is stored."""
+    """Add the delta to W where that lies, begin to store the sum, and free the place of the one before, now stored."""
     places, full, free = ring
     at = turn % ROOM
     mbarrier.wait(full.index(at), (turn // ROOM) & 1)

@@ -10,6 +10,7 @@ import torch
 
 from adaptertools.adapter import Adapter, merge_notes
 from adaptertools.containers.checkpoint import CONFIG, Checkpoint
+from adaptertools.containers.pipeline import open_checkpoint
 from adaptertools.containers.source import Located
 from adaptertools.dialects.peft.base import BaseModel
 from adaptertools.errors import MatchError, OptionError, count
@@ -151,7 +152,7 @@ def plan_merge(
     """
     if dtype is not None and dtype not in DTYPES.values():
         raise OptionError(f"dtype is {dtype}, expected one of {', '.join(DTYPES)}")
-    opened = base if isinstance(base, Checkpoint) else Checkpoint.open(base)
+    opened = base if isinstance(base, Checkpoint) else open_checkpoint(base)
     members = _members(adapters, weights, sources)
     check_base(opened)
     for member in members:
@@ -171,9 +172,9 @@ def plan_merge(
     copied, left = outputs.copied(opened)
     notes = [f"{member.name} has weight 0 and changes nothing" for member in members if not member.weight]
     notes += [f"left in the base's folder: {_few(left)}"] if left else []
-    if "id2label" in config:
-        labels = count(len(config["id2label"]), "label")
-        notes.append(f"the result's head has {labels}, as its config.json now says: load it as a model for that task")
+    if assembly.labels is not None:
+        told = ", as its config.json now says" if "id2label" in config else ""
+        notes.append(f"the result's head has {count(assembly.labels, 'label')}{told}: load it as a model for that task")
     if opened.files and CONFIG not in copied:
         notes.append("the base has no config.json: the result is weights alone, and takes one to be loaded as a model")
     if shared := [name for name, edit in edits.items() if edit.shares_dora]:

@@ -36,6 +36,7 @@ from adaptertools.merging.route import HaltedError, Route
 from adaptertools.merging.shards import Layout, lay_out
 from adaptertools.merging.tasks import Output, Sources, Task, rehearse
 from adaptertools.merging.workers import Worker
+from adaptertools.tensors import threads_kept
 
 Progress = Callable[[int, int], None]
 """Called with the bytes written and the bytes in all."""
@@ -210,7 +211,7 @@ def _work(crew: Crew, tasks: Iterator[Task], meter: _Meter, route: Route) -> Non
             route.halt()
             raise
 
-    with full_precision(), ThreadPoolExecutor(crew.count) as pool:
+    with full_precision(), threads_kept(), ThreadPoolExecutor(crew.count) as pool:
         try:
             running = {pool.submit(work) for _ in range(crew.count)}
             everyone = list(running)

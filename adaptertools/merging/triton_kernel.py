@@ -82,7 +82,7 @@ def add_product(
 ) -> Tensor:
     """out = W + left · right + W ⊙ (row + column), rounded once; `out` may be `weight`.
 
-    Returns the sums of `tiles.Sums`, on the device.
+    Returns the sums of `tiles.Sums`, on the device; without statistics zeros, which take it no work.
 
     Shapes: weight (m, n), row (m,), column (n,), out (m, n)
     Memory: nothing but the sums
@@ -90,7 +90,7 @@ def add_product(
     if (fast := _hopper_kernel(weight.device)) and row is None and column is None and not has_statistics:
         with _launching, torch.cuda.device(weight.device):
             if fast.add_product(weight, split, out):
-                return torch.zeros(4, device=weight.device)
+                return torch.zeros(4)
     rows, columns = weight.shape
     rank = split.left.shape[2]
     down, across, warps, chain, stages = configuration(rank, has_statistics)
@@ -127,7 +127,7 @@ def add_product(
             STAGES=stages,
             num_warps=warps,
         )
-    return parts.sum(dim=0, dtype=torch.float64) if has_statistics else torch.zeros(4, device=weight.device)
+    return parts.sum(dim=0, dtype=torch.float64) if has_statistics else torch.zeros(4)
 
 
 def warm_up(device: torch.device) -> None:
