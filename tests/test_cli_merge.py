@@ -139,7 +139,7 @@ def test_a_dry_run_finds_that_the_destination_is_taken(
     assert run("merge", base, peft_folder, tmp_path / "merged").code == 0
     ran = run("merge", base, peft_folder, tmp_path / "merged", "--dry-run")
     assert ran.code == 1
-    assert "--overwrite replaces an earlier merge" in ran.err
+    assert "(--overwrite) replaces an earlier merge" in ran.err
 
 
 def test_a_dtype_casts_every_tensor(
@@ -337,3 +337,11 @@ def test_a_destination_that_is_taken_is_found_before_adapters_are_read(
     assert ran.code == 1
     assert "is not replaced: give another name" in ran.err
     assert "no adapter" in run("merge", base, tmp_path / "no adapter", tmp_path / "merged").err
+    assert "is the root of the file system" in run("merge", base, tmp_path / "no adapter", "/").err
+
+
+@pytest.mark.parametrize("command", ["merge", "verify"])
+def test_what_is_missing_on_the_command_line_is_said(command: str, base: Path, run: Callable[..., Any]) -> None:
+    ran = run(command, base, "adapter")
+    assert ran.code == 2
+    assert "Expected a base model, an adapter at least, and a" in ran.err

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -223,7 +224,7 @@ def test_an_unknown_place_to_keep_originals_is_refused(keep: object) -> None:
 
 def test_weights_that_were_never_loaded_are_refused() -> None:
     state = {name: tensor.to("meta") for name, tensor in weights().items()}
-    with pytest.raises(UnsupportedFeatureError, match="on meta"):
+    with pytest.raises(UnsupportedFeatureError, match="on the device meta"):
         merge_into(state, [adapter()])
 
 
@@ -231,3 +232,38 @@ def test_weights_that_were_never_loaded_are_refused() -> None:
 def test_nothing_to_merge_into_is_refused(call: Callable[[], object]) -> None:
     with pytest.raises(OptionError, match="no tensor"):
         call()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_of_two_merges_into_a_tensor_the_later_one_is_undone_first(device: str) -> None:
+    state, before = on(device, weights()), on(device, weights())
+    first = merge_into(state, [adapter()])
+    after_first = on(device, state)
+    second = merge_into(state, [adapter()], [2.0])
+    for too_early in (first.undo, lambda: first.swap([adapter()], [0.5])):
+        with pytest.raises(UnsupportedFeatureError, match="came later: undo that one first"):
+            too_early()
+    second.undo()
+    assert same(state, after_first)
+    second.swap([adapter()])  # anew, upon the first
+    second.undo()
+    first.undo()
+    assert same(state, before)
+    second.swap([adapter()])
+    assert same(state, after_first)
+
+
+def test_a_tensor_that_is_another_one_by_now_is_not_taken_for_the_one_that_was_changed() -> None:
+    model = torch.nn.Module()
+    model.proj = torch.nn.Linear(24, 40, bias=False)
+    merged = merge_into(model, [adapter(names=("proj",))])
+    model.half()
+    for call in (merged.undo, lambda: merged.swap([adapter(names=("proj",))])):
+        with pytest.raises(UnsupportedFeatureError, match="the model has another tensor there by now"):
+            call()
+
+
+@pytest.mark.parametrize("target", ["model", [1], None])
+def test_what_holds_no_weights_is_an_error_of_ours(target: Any) -> None:
+    with pytest.raises(OptionError, match=r"expected a torch\.nn\.Module or its state dict"):
+        merge_into(target, [adapter()])

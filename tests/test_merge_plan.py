@@ -617,3 +617,50 @@ def test_a_pipeline_of_several_models_is_refused_with_their_names(tmp_path: Path
         write_base(tmp_path / name, LAYERS)
     with pytest.raises(OptionError, match=r"several models \(unet, text_encoder\), .* such as .*unet"):
         plan_merge(tmp_path, [adapter(Q0)])
+
+
+def test_a_weight_that_one_adapter_replaces_and_another_trained_rows_of_is_refused(tmp_path: Path) -> None:
+    base = write_base(tmp_path, LAYERS)
+    name = "model.embed_tokens.weight"
+    all_of_it = Adapter(modules=(), full_weights={name: FullWeight(weight=tensor(7, 4, seed=8))})
+    some = adapter(row_weights=rows(5, 2))
+    for pair in ([all_of_it, some], [some, all_of_it]):
+        with pytest.raises(UnsupportedFeatureError, match=r"replaces all of .* brings other rows of it\. full"):
+            plan_merge(base, pair)
+    assert torch.equal(execute(plan_merge(base, [all_of_it, some], full_weights=1))[name], tensor(7, 4, seed=8))
+    same = RowWeights(indices=(3, 1), rows=tensor(7, 4, seed=8)[[3, 1]])
+    plan_merge(base, [all_of_it, adapter(row_weights={name: same})])
+
+
+def test_that_rows_are_taken_whatever_the_weight_is_said(tmp_path: Path) -> None:
+    plan = plan_merge(write_base(tmp_path, LAYERS), [adapter(row_weights=rows(5, 2))], [0.5])
+    assert any("whatever the weight: model.embed_tokens.weight (token rows)" in note for note in plan.notes)
+
+
+def test_an_embedding_that_may_be_a_head_is_remarked_upon(tmp_path: Path) -> None:
+    change = adapter(module("model.embed_tokens", out=7, n_in=4, kind=Kind.LINEAR))
+    bare = plan_merge(write_base(tmp_path / "bare", LAYERS), [change])
+    assert any("if it is, the head changes too" in note for note in bare.notes)
+    encoder = plan_merge(write_base(tmp_path / "encoder", LAYERS, {"model_type": "bert"}), [change])
+    assert not any("the head changes too" in note for note in encoder.notes)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ((None, [adapter(Q0)]), "base is NoneType, expected the path"),
+        (("here", None), "adapters: found NoneType, expected a list"),
+        (("here", [adapter(Q0)], 0.5), "weights is 0.5, expected a list"),
+    ],
+)
+def test_what_is_of_another_type_is_an_error_of_ours(given: Any, said: str, tmp_path: Path) -> None:
+    base = write_base(tmp_path, LAYERS)
+    with pytest.raises(OptionError, match=said):
+        plan_merge(base if given[0] == "here" else given[0], *given[1:])
+
+
+def test_adapters_may_come_one_by_one_and_weights_be_numbers_of_any_kind(tmp_path: Path) -> None:
+    base = write_base(tmp_path, LAYERS)
+    plan = plan_merge(base, (each for each in [adapter(Q0)]), torch.tensor([0.5]), dtype="f16")
+    assert plan.weights == (0.5,)
+    assert plan.edits["model.layers.0.q_proj.weight"].dtype == torch.float16

@@ -463,3 +463,9 @@ def test_a_merge_leaves_torch_its_threads(base: Path, tmp_path: Path) -> None:
 def _threads_of_a_new_one() -> int:
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(torch.get_num_threads).result()
+
+
+@pytest.mark.parametrize("change", [{"plan": "base"}, {"dst": None}, {"max_memory": "2GiB"}])
+def test_what_is_of_another_type_is_an_error_of_ours(change: Any, base: Path, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=r"found str and|found MergePlan and NoneType|'2GiB', expected a number"):
+        run_merge(**{"plan": make_plan(base), "dst": tmp_path / "merged", "device": "cpu", **change})

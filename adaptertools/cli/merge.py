@@ -24,7 +24,7 @@ _SHOWN = 5
 
 @click.command("merge", short_help="Merge adapters into base weights.")
 @click.argument("model", metavar="BASE")
-@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
+@click.argument("adapters", nargs=-1, metavar="ADAPTER...")
 @click.argument("dst")
 @click.option("--weights", metavar="W,W,...", help="A weight for each adapter, such as 1,0.5. [default: all 1]")
 @device_option()
@@ -71,6 +71,8 @@ def command(
     byte. DST may be hf://org/name. From and to the Hub, the next shard is fetched while one merges and the last one is
     sent. A merge that was stopped is gone on with by the same command; nothing stands at DST before all is done.
     """
+    if not adapters:
+        raise click.UsageError("Expected a base model, an adapter at least, and a destination: BASE ADAPTER... DST.")
     from adaptertools.merging.warm_up import warm_up
 
     if not dry_run:

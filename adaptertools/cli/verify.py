@@ -26,7 +26,7 @@ _ALLOWED = {
 
 @click.command("verify", short_help="Prove that a merged model is right.")
 @click.argument("model", metavar="BASE")
-@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
+@click.argument("adapters", nargs=-1, metavar="ADAPTER...")
 @click.argument("merged")
 @click.option("--weights", metavar="W,W,...", help="The weight of each adapter, as merged. [default: all 1]")
 @click.option(
@@ -55,6 +55,8 @@ def command(
     What no adapter changes must be the base's own, byte by byte; the rest within one rounding of W + s·B·A, or two for
     each adapter (six with DoRA) where another tool made the merge. Exits with 0 if all is right, with 4 if not.
     """
+    if not adapters:
+        raise click.UsageError("Expected a base model, an adapter at least, and a merge: BASE ADAPTER... MERGED.")
     from adaptertools.api import open_base
     from adaptertools.cli._progress import progress
     from adaptertools.cli._sources import read_sources

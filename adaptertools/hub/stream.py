@@ -29,11 +29,12 @@ from adaptertools.hub.outgoing import Outgoing
 from adaptertools.hub.revision import as_given, resolve
 from adaptertools.hub.standing import MAIN
 from adaptertools.hub.transfer import Progress, download
+from adaptertools.merging.destination_folder import check_apart, check_free
 from adaptertools.merging.plan import MergePlan
 from adaptertools.merging.record import MergeReport
 from adaptertools.merging.resume import Staging, staging_folder
 from adaptertools.merging.route import Route
-from adaptertools.merging.run import check_destination, run_merge
+from adaptertools.merging.run import run_merge
 from adaptertools.merging.shards import Layout
 
 
@@ -100,8 +101,10 @@ class Way:
 
         Raises: DestinationExistsError
         """
-        if isinstance(self.dst, Path) and self.unfinished() is None:
-            check_destination(base, self.dst, overwrite=overwrite)
+        if isinstance(self.dst, Path):
+            check_apart(base, self.dst)
+            if self.unfinished() is None:
+                check_free(self.dst, overwrite)
 
     def check(self, plan: MergePlan, *, overwrite: bool = False) -> bool:
         """Make sure that the result may be put there, and change nothing; whether the repository or folder exists.
@@ -112,7 +115,8 @@ class Way:
             outgoing = self._outgoing(trial=True)
             outgoing.check(overwrite)
             return not outgoing.commit.created
-        check_destination(plan.base, self.dst, overwrite=overwrite)
+        check_apart(plan.base, self.dst)
+        check_free(self.dst, overwrite)
         return self.dst.exists()
 
     def run(self, plan: MergePlan, *, overwrite: bool = False, **options: Any) -> Merged:

@@ -12,7 +12,7 @@ from adaptertools.merging.draft import Draft
 from adaptertools.merging.experts import Experts
 from adaptertools.merging.match import Names
 from adaptertools.merging.place import Orientation, Shape, Source, bias_change, changes
-from adaptertools.merging.tying import Tie, check_untying, find_tie, is_head, refuse_tied, tie_stated
+from adaptertools.merging.tying import Tie, check_untying, find_tie, is_embedding, is_head, refuse_tied, tie_stated
 from adaptertools.merging.whole import Member, Whole, check_replacement, gather, is_classifier, labels
 from adaptertools.module import LoraModule
 from adaptertools.names import parent
@@ -72,7 +72,7 @@ class Assembly:
             self.draft.replace(name, weight)
         self._untie(whole)
         for name, groups in whole.rows.items():
-            for rows in groups:
+            for rows, _ in groups:
                 self.draft.set_rows(name, rows.indices, rows.rows)
                 if self.untied and self._tie and self._tie.tied and name == self._tie.embedding:
                     self.draft.set_rows(self._tie.head, rows.indices, rows.rows)
@@ -80,6 +80,13 @@ class Assembly:
         self._add_modules(targets)
         self._check_vocabulary()
         self.labels = labels(whole, self.base)
+        if not self.base.config and self._tie is None:
+            changed = [name for _, _, name in targets if name is not None and is_embedding(self._names, name)]
+            if changed:
+                self.notes.append(
+                    f"{changed[0]} is changed, and no config.json says whether the output head is tied to it: if it "
+                    "is, the head changes too"
+                )
 
     def _targets(self, head: str | None) -> list[tuple[Member, LoraModule, str | None]]:
         """The modules and the tensors that they change, where there is one of their own name."""
@@ -202,7 +209,8 @@ class Assembly:
         bias = f"{name.removesuffix('weight')}bias" if name.endswith(".weight") else ""
         if not self.draft.has(bias):
             raise UnsupportedFeatureError(
-                f"{module.target}: the adapter trained a lora_bias, and the base has no bias for {name} to add it to"
+                f"{module.target}: the adapter trained a lora_bias, and the base has no bias for {name} to add it to. "
+                "`adaptertools convert` with --drop lora-bias gives it up"
             )
         self.draft.add(bias_change(module, source, bias, self.draft.shape(bias)))
 

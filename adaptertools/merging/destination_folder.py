@@ -18,6 +18,8 @@ def check_apart(base: Checkpoint, dst: Path) -> None:
     Raises: DestinationExistsError
     """
     place, folder = dst.resolve(), base.folder.resolve()
+    if not place.name:
+        raise DestinationExistsError(f"{dst} is the root of the file system: give the name of a folder")
     if place == folder or folder in place.parents:
         raise DestinationExistsError(f"{dst} lies in the base model {base.label}, which is never written to")
     if place in folder.parents:
@@ -45,7 +47,7 @@ def check_free(dst: Path, overwrite: bool) -> None:
             f"{dst} holds {foreign[0]}, which the merge there did not write, so it is not replaced: give another name"
         )
     if not overwrite:
-        raise DestinationExistsError(f"{dst} exists. --overwrite replaces an earlier merge")
+        raise DestinationExistsError(f"{dst} exists. overwrite=True (--overwrite) replaces an earlier merge")
 
 
 def replaced_files(dst: Path) -> tuple[str, ...]:

@@ -4,6 +4,8 @@ Subtracting what was added does not give a weight of bfloat16 back. So the origi
 kept, where the caller says, and every merge starts from them.
 """
 
+import itertools
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -29,8 +31,8 @@ Keep = Literal["device", "host"] | Path | Located
 def merge_into(
     target: torch.nn.Module | Mapping[str, Tensor],
     adapters: Sequence[Adapter],
-    *,
     weights: Sequence[float] | None = None,
+    *,
     keep: Keep = "device",
     config: Mapping[str, Any] | None = None,
     allow_unmatched: bool = False,
@@ -52,7 +54,7 @@ def merge_into(
     merged = Merged(target, _config(target) if config is None else config, keep)
     merged.swap(
         adapters,
-        weights=weights,
+        weights,
         allow_unmatched=allow_unmatched,
         full_weights=full_weights,
         sources=sources,
@@ -67,13 +69,16 @@ class Merged:
     def __init__(
         self, target: torch.nn.Module | Mapping[str, Tensor], config: Mapping[str, Any], keep: Keep = "device"
     ) -> None:
-        state = target.state_dict() if isinstance(target, torch.nn.Module) else target
-        self._tensors = {name: tensor.detach() for name, tensor in state.items() if isinstance(tensor, Tensor)}
+        if not isinstance(target, torch.nn.Module | Mapping):
+            raise OptionError(f"target is {type(target).__name__}, expected a torch.nn.Module or its state dict")
+        self._target = target
+        self._tensors = self._in_target()
         if not self._tensors:
             raise OptionError("there is no tensor to merge into, expected a module or its state dict")
         self._base = _in_memory(self._tensors, config)
         self._originals = _Originals(keep)
         self._changed: set[str] = set()
+        self._begun = 0
         self.plan: MergePlan | None = None
         self.statistics: Mapping[str, Statistics] = {}
         """What was added to each tensor, and what rounding took of it, by name"""
@@ -81,8 +86,8 @@ class Merged:
     def swap(
         self,
         adapters: Sequence[Adapter],
-        *,
         weights: Sequence[float] | None = None,
+        *,
         allow_unmatched: bool = False,
         full_weights: int | None = None,
         sources: Sequence[str] | None = None,
@@ -103,6 +108,9 @@ class Merged:
             sources=sources,
         )
         edits = self._distinct(plan)
+        self._expect_unchanged(self._changed | {edit.name for edit in edits})
+        self._begun = self._begun if self._changed else next(_turns)
+        _alive.add(self)
         self._originals.keep({edit.name: self._tensors[edit.name] for edit in edits}, self._changed)
         try:
             with full_precision(), torch.no_grad():
@@ -112,16 +120,47 @@ class Merged:
                 made = {name: prepared for name, prepared in merged.items() if prepared is not None}
                 found = {name: each.statistics for name, each in made.items()} if has_statistics else {}
         except BaseException:
-            self.undo()
+            self._take_back()
             raise
         self.plan, self.statistics = plan, found
 
     def undo(self) -> None:
-        """Give every changed tensor its original bits back."""
+        """Give every changed tensor the bits back that it had before the adapters were merged.
+
+        Raises: UnsupportedFeatureError where another merge into the same tensors came later, which is to be undone
+            first, and where the model has other tensors by now
+        """
+        self._expect_unchanged(self._changed)
+        self._take_back()
+
+    def _take_back(self) -> None:
         with torch.no_grad():
             self._restore(set(self._changed))
         self._originals.forget()
         self.plan, self.statistics = None, {}
+
+    def _in_target(self) -> dict[str, Tensor]:
+        """The tensors that the target has now."""
+        state = self._target.state_dict() if isinstance(self._target, torch.nn.Module) else self._target
+        return {name: tensor.detach() for name, tensor in state.items() if isinstance(tensor, Tensor)}
+
+    def _expect_unchanged(self, names: set[str]) -> None:
+        """Raises: UnsupportedFeatureError where originals of these tensors would not be what is to be given back"""
+        there = self._in_target()
+        places = set()
+        for name in names:
+            ours, theirs = self._tensors[name], there.get(name)
+            if theirs is None or _place(theirs) != _place(ours):
+                raise UnsupportedFeatureError(
+                    f"{name}: the model has another tensor there by now: it was replaced, cast or moved. Undo before "
+                    "that, or load the weights again"
+                )
+            places.add(ours.data_ptr())
+        later = [other for other in _alive if self._changed and other._changed and other._begun > self._begun]
+        if any(other._tensors[name].data_ptr() in places for other in later for name in other._changed):
+            raise UnsupportedFeatureError(
+                "another merge into the same tensors came later: undo that one first, the last one before all others"
+            )
 
     def _distinct(self, plan: MergePlan) -> list[Edit]:
         """The edits, one for each memory: tensors that share theirs change together.
@@ -133,7 +172,9 @@ class Merged:
         for name, edit in plan.edits.items():
             tensor = self._tensors.get(name)
             if tensor is None or tuple(tensor.shape) != edit.shape or tensor.device.type == "meta":
-                there = "there is none" if tensor is None else f"it has {tuple(tensor.shape)} on {tensor.device.type}"
+                there = "there is none" if tensor is None else f"it has {tuple(tensor.shape)}"
+                if tensor is not None and tensor.device.type == "meta":
+                    there = "it is on the device meta, where there are no values"
                 raise UnsupportedFeatureError(
                     f"{name}: the merge needs a tensor of shape {edit.shape}, and {there}; tensors in memory are "
                     "changed in place. Load and resize the model first, or merge its files with run_merge"
@@ -182,6 +223,15 @@ class Merged:
         for name in names:
             self._tensors[name].copy_(self._originals.of(name))
             self._changed.discard(name)
+
+
+_turns = itertools.count(1)
+_alive: "weakref.WeakSet[Merged]" = weakref.WeakSet()
+"""What was merged, in turns: of two merges into the same tensors the last one is taken back first."""
+
+
+def _place(tensor: Tensor) -> tuple[int, torch.Size, torch.dtype]:
+    return tensor.data_ptr(), tensor.shape, tensor.dtype
 
 
 class _Originals:

@@ -84,6 +84,8 @@ def hire(plan: MergePlan, device: torch.device, max_memory: int, workers: int | 
     """
     if workers is not None and workers < 1:
         raise OptionError(f"workers is {workers}, expected one at least")
+    if not isinstance(max_memory, int):
+        raise OptionError(f"max_memory is {max_memory!r}, expected a number of bytes, such as 2 << 30")
     blocks = [largest_block(edit, source_dtype(plan, edit), device) for edit in plan.edits.values()]
     block = max(blocks, default=0)
     each = worker_memory(block)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, SupportsFloat
 
 import torch
 
@@ -20,7 +20,7 @@ from adaptertools.merging.edits import Edit
 from adaptertools.merging.outputs import OutputShard
 from adaptertools.merging.refusals import check_adapter, check_base
 from adaptertools.merging.whole import Member
-from adaptertools.tensors import DTYPES, dtype_name
+from adaptertools.tensors import DTYPES, dtype_name, parse_dtype
 
 __all__ = ["MergePlan", "OutputShard", "plan_merge"]
 
@@ -128,10 +128,10 @@ class MergePlan:
 
 def plan_merge(
     base: str | Path | Located | Checkpoint,
-    adapters: Sequence[Adapter],
-    weights: Sequence[float] | None = None,
+    adapters: Iterable[Adapter],
+    weights: Iterable[float] | None = None,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     allow_unmatched: bool = False,
     untie: bool = False,
     full_weights: int | None = None,
@@ -150,6 +150,11 @@ def plan_merge(
             UnsupportedFeatureError for a quantised base and for adapters that no merge can hold
             OptionError for weights that are not one finite number for each adapter, and other dtypes than DTYPES
     """
+    if not isinstance(base, str | Path | Located | Checkpoint):
+        raise OptionError(
+            f"base is {type(base).__name__}, expected the path of a model; merge_into takes weights that are in memory"
+        )
+    dtype = parse_dtype(dtype) if isinstance(dtype, str) else dtype
     if dtype is not None and dtype not in DTYPES.values():
         raise OptionError(f"dtype is {dtype}, expected one of {', '.join(DTYPES)}")
     opened = base if isinstance(base, Checkpoint) else open_checkpoint(base)
@@ -203,14 +208,17 @@ def _notes(adapter: Adapter, base: Checkpoint) -> list[str]:
 
 
 def _members(
-    adapters: Sequence[Adapter], weights: Sequence[float] | None, sources: Sequence[str] | None
+    adapters: Iterable[Adapter], weights: Iterable[float] | None, sources: Sequence[str] | None
 ) -> list[Member]:
-    given_as = [adapters] if isinstance(adapters, Adapter | str) else adapters
-    if given_as is not adapters or not all(isinstance(each, Adapter) for each in adapters):
-        found = ", ".join(sorted({type(each).__name__ for each in given_as}))
+    is_list = isinstance(adapters, Iterable) and not isinstance(adapters, str)
+    adapters = list(adapters) if is_list else [adapters]  # type: ignore[list-item]
+    if not is_list or not all(isinstance(each, Adapter) for each in adapters):
+        found = ", ".join(sorted({type(each).__name__ for each in adapters}))
         raise OptionError(f"adapters: found {found}, expected a list of Adapter, as `adaptertools.read` gives them")
     if not adapters:
         raise OptionError("a merge takes one adapter or more, found none")
+    if not isinstance(weights, Iterable | None):
+        raise OptionError(f"weights is {weights!r}, expected a list with a number for each adapter")
     given = [1.0] * len(adapters) if weights is None else list(weights)
     if len(given) != len(adapters) or not all(map(_is_finite, given)):
         raise OptionError(f"weights are {given}, expected a finite number for each of {len(adapters)} adapters")
@@ -230,7 +238,7 @@ def _recorded(member: Member) -> str:
 
 
 def _is_finite(weight: object) -> bool:
-    return isinstance(weight, int | float) and not isinstance(weight, bool) and math.isfinite(weight)
+    return isinstance(weight, SupportsFloat) and not isinstance(weight, bool) and math.isfinite(weight)
 
 
 def _few(names: Iterable[str]) -> str:

@@ -21,11 +21,12 @@ from adaptertools.errors import (
     DamagedFileError,
     DestinationError,
     HubError,
+    OptionError,
     SourceNotFoundError,
     StoppedMergeError,
 )
 from adaptertools.linalg import parse_device
-from adaptertools.merging.destination_folder import check_apart, check_free
+from adaptertools.merging.destination_folder import check_apart
 from adaptertools.merging.documents import beside, write_documents
 from adaptertools.merging.kernels import Statistics, full_precision
 from adaptertools.merging.outlook import Crew, hire
@@ -68,6 +69,9 @@ def run_merge(
     Memory: max_memory at most, beside the adapters
     Raises: DestinationExistsError, DestinationError, StoppedMergeError, OptionError, NonFiniteError, HubError
     """
+    if not isinstance(plan, MergePlan) or not isinstance(dst, str | Path):
+        found = f"{type(plan).__name__} and {type(dst).__name__}"
+        raise OptionError(f"run_merge takes what plan_merge gives, and a path to write to; found {found}")
     route = route or Route()
     target = parse_device(device, has_float64=False)
     dst = Path(dst)
@@ -112,15 +116,6 @@ def _reopened(plan: MergePlan) -> MergePlan:
     if (old.shapes, old.dtypes, old.places) != (base.shapes, base.dtypes, base.places):
         raise DamagedFileError(f"{base.label}: its files have changed since the merge was planned. Plan it again")
     return replace(plan, base=base)
-
-
-def check_destination(base: Checkpoint, dst: Path, *, overwrite: bool = False) -> None:
-    """Make sure that the merge may be put at `dst`; a merge in the making there is no hindrance.
-
-    Raises: DestinationExistsError
-    """
-    check_apart(base, dst)
-    check_free(dst, overwrite)
 
 
 def _make(

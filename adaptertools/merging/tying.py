@@ -56,6 +56,11 @@ def is_head(names: Names, parameter: str) -> bool:
     return names.canonical(parameter) in _HEADS
 
 
+def is_embedding(names: Names, parameter: str) -> bool:
+    """Whether a name is that of an input embedding."""
+    return names.canonical(parameter) in _EMBEDDINGS
+
+
 def find_tie(base: Checkpoint, names: Names, wanted: Collection[str]) -> Tie | None:
     """The embedding and the head; None where there is no such pair. `wanted` are the adapters' names for heads."""
     embeddings = [name for known in _EMBEDDINGS for name in names.like(known) if len(base.shapes[name]) == 2]

@@ -1,7 +1,7 @@
 """Whole weights and trained token rows of several adapters: found in the base, and made agree."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -34,7 +34,7 @@ class Whole:
     """Whole weights and token rows by the names of the base's tensors."""
 
     weights: dict[str, tuple[Tensor, WeightRole, Member]] = field(default_factory=dict)
-    rows: dict[str, list[RowWeights]] = field(default_factory=dict)
+    rows: dict[str, list[tuple[RowWeights, Member]]] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -77,7 +77,11 @@ def gather(
                 found.left_out.append(f"{stated} (token rows)")
             else:
                 _take_rows(found, name, rows, member)
+    _check_rows(found)
     replaced = [name for name, (_, _, member) in found.weights.items() if member.weight != 1]
+    replaced += [
+        f"{name} (token rows)" for name, all_rows in found.rows.items() if any(of.weight != 1 for _, of in all_rows)
+    ]
     if replaced:
         found.notes.append(f"whole weights replace those of the base whatever the weight: {_few(replaced)}")
     new = [name for name in found.weights if name not in base.shapes and name != head]
@@ -131,16 +135,33 @@ def _take(found: Whole, name: str, weight: Tensor, role: WeightRole, member: Mem
 
 
 def _take_rows(found: Whole, name: str, rows: RowWeights, member: Member) -> None:
-    known: Mapping[int, Tensor] = {
-        index: row for other in found.rows.get(name, ()) for index, row in zip(other.indices, other.rows, strict=True)
+    known = {
+        index: (row, first)
+        for other, first in found.rows.get(name, ())
+        for index, row in zip(other.indices, other.rows, strict=True)
     }
     for index, row in zip(rows.indices, rows.rows, strict=True):
-        if index in known and not _equal(row, known[index]):
+        if index in known and not _equal(row, known[index][0]):
             raise UnsupportedFeatureError(
-                f"{member.name} and an adapter before it bring different rows for token {index} of {name}. "
+                f"{known[index][1].name} and {member.name} bring different rows for token {index} of {name}. "
                 "full_weights (--full-weights N) says whose to take"
             )
-    found.rows.setdefault(name, []).append(rows)
+    found.rows.setdefault(name, []).append((rows, member))
+
+
+def _check_rows(found: Whole) -> None:
+    """Raises: UnsupportedFeatureError where one adapter replaces a weight of which another one trained some rows"""
+    for name, all_rows in found.rows.items():
+        weight, _, whose = found.weights.get(name, (None, None, None))
+        for rows, member in all_rows:
+            inside = weight is not None and max(rows.indices, default=0) < len(weight)
+            if weight is None or whose is member or (inside and _equal(weight[list(rows.indices)], rows.rows)):
+                continue
+            assert whose is not None
+            raise UnsupportedFeatureError(
+                f"{whose.name} replaces all of {name}, and {member.name} brings other rows of it. full_weights "
+                "(--full-weights N) says whose to take"
+            )
 
 
 def _leave_out(found: Whole, member: Member) -> None:
