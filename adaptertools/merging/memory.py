@@ -179,10 +179,9 @@ class Merged:
                     f"{name}: the merge needs a tensor of shape {edit.shape}, and {there}; tensors in memory are "
                     "changed in place. Load and resize the model first, or merge its files with run_merge"
                 )
-            place = (tensor.data_ptr(), tensor.shape)
-            if place not in seen:
+            if _place(tensor) not in seen:
                 found.append(edit)
-            seen.add(place)
+            seen.add(_place(tensor))
         return found
 
     def _check_finite(self, merged: Mapping[str, Prepared | None]) -> None:
@@ -231,6 +230,7 @@ _alive: "weakref.WeakSet[Merged]" = weakref.WeakSet()
 
 
 def _place(tensor: Tensor) -> tuple[int, torch.Size, torch.dtype]:
+    """By which two names are known to be of one tensor."""
     return tensor.data_ptr(), tensor.shape, tensor.dtype
 
 
@@ -311,10 +311,9 @@ def _in_memory(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Chec
     shared = set()
     seen = set()
     for name, tensor in tensors.items():
-        place = (tensor.data_ptr(), tensor.shape)
-        if place in seen and tensor.numel() and tensor.device.type != "meta":
+        if _place(tensor) in seen and tensor.numel() and tensor.device.type != "meta":
             shared.add(name)
-        seen.add(place)
+        seen.add(_place(tensor))
     return Checkpoint(
         shapes={name: tuple(tensor.shape) for name, tensor in tensors.items()},
         dtypes={name: tensor.dtype for name, tensor in tensors.items()},
