@@ -403,7 +403,7 @@ def test_the_kernel_for_hopper_gives_the_bits_of_the_portable_one(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="no Hopper GPU"
 )
 @pytest.mark.parametrize("rank", [32, 64, 128])
-def test_the_kernel_for_hopper_gives_them_over_and_over(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernel_for_hopper_gives_these_bits_over_and_over(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forty times with nothing between, each on the result of the one before."""
     from adaptertools.merging import hopper_kernel, triton_kernel
 

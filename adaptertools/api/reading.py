@@ -84,7 +84,7 @@ def oddities(path: Given, *, format: str, **options: Any) -> tuple[str, ...]:
 
 
 def open_base(base: Given | Model, token: str | None = None, *, format: str | None = None) -> Model:
-    """A base model by its headers, or by its config.json alone; what is one already is itself.
+    """A base model by its headers, or by its config.json alone; one that is open already is returned.
 
     `format` is that of the adapter that it is opened for.
 

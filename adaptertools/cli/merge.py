@@ -85,7 +85,6 @@ def command(
     from adaptertools.linalg import parse_device
     from adaptertools.merging.outlook import preview
     from adaptertools.merging.plan import plan_merge
-    from adaptertools.tensors import parse_dtype
 
     given = parse_weights(weights, len(adapters))
     target = parse_device(device, has_float64=False)
@@ -99,7 +98,7 @@ def command(
         base,
         read_sources(sources, places, base),
         given,
-        dtype=parse_dtype(dtype) if dtype else None,
+        dtype=dtype,
         allow_unmatched=allow_unmatched,
         untie=untie,
         full_weights=full_weights,

@@ -57,16 +57,17 @@ def command(
     """
     if not adapters:
         raise click.UsageError("Expected a base model, an adapter at least, and a merge: BASE ADAPTER... MERGED.")
-    from adaptertools.api import open_base
     from adaptertools.cli._progress import progress
     from adaptertools.cli._sources import read_sources
     from adaptertools.cli._values import parse_weights
+    from adaptertools.containers.pipeline import open_checkpoint
     from adaptertools.merging.verify import verify_merge
 
     given = parse_weights(weights, len(adapters))
-    base, result = sources.locate_model(model, output), sources.locate_model(merged, output)
+    base = open_checkpoint(sources.locate_model(model, output))
+    result = sources.locate_model(merged, output)
     places = sources.locate(adapters, output)
-    read = read_sources(sources, places, open_base(base))
+    read = read_sources(sources, places, base)
     with progress("verify", output) as advance:
         found = verify_merge(
             base,

@@ -74,12 +74,12 @@ def open_model(given: str | Path | Located, *, config_suffices: bool = False) ->
     return Pipeline(components={name: Checkpoint.open(place.at(path / name)) for name in folders}, label=place.label)
 
 
-def open_checkpoint(given: str | Path | Located) -> Checkpoint:
-    """A base model that is one, with its weights.
+def open_checkpoint(given: str | Path | Located | Checkpoint) -> Checkpoint:
+    """A base model that is one, with its weights; one that is open already is returned as it is.
 
     Raises: OptionError for a pipeline, naming its models; as `open_model` else
     """
-    model = open_model(given)
+    model = given if isinstance(given, Checkpoint) else open_model(given)
     if isinstance(model, Pipeline):
         model.refuse()
     return model

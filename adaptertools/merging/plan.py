@@ -157,7 +157,7 @@ def plan_merge(
     dtype = parse_dtype(dtype) if isinstance(dtype, str) else dtype
     if dtype is not None and dtype not in DTYPES.values():
         raise OptionError(f"dtype is {dtype}, expected one of {', '.join(DTYPES)}")
-    opened = base if isinstance(base, Checkpoint) else open_checkpoint(base)
+    opened = open_checkpoint(base)
     members = _members(adapters, weights, sources)
     check_base(opened)
     for member in members:

@@ -11,6 +11,7 @@ import torch
 
 from adaptertools.adapter import Adapter
 from adaptertools.containers.checkpoint import Checkpoint
+from adaptertools.containers.pipeline import open_checkpoint
 from adaptertools.containers.source import Located, located
 from adaptertools.errors import FileError, SourceNotFoundError, count
 from adaptertools.linalg import parse_device
@@ -80,7 +81,7 @@ def verify_merge(
     Memory: the adapters, and some blocks of rows for each core
     Raises: AdapterToolsError where base or adapters are at fault; faults of the merge are in the result
     """
-    start = base if isinstance(base, Checkpoint) else Checkpoint.open(base)
+    start = open_checkpoint(base)
     made = located(merged)
     try:
         result = Checkpoint.open(made)

@@ -151,17 +151,15 @@ def _take_rows(found: Whole, name: str, rows: RowWeights, member: Member) -> Non
 
 def _check_rows(found: Whole) -> None:
     """Raises: UnsupportedFeatureError where one adapter replaces a weight of which another one trained some rows"""
-    for name, all_rows in found.rows.items():
-        weight, _, whose = found.weights.get(name, (None, None, None))
-        for rows, member in all_rows:
-            inside = weight is not None and max(rows.indices, default=0) < len(weight)
-            if weight is None or whose is member or (inside and _equal(weight[list(rows.indices)], rows.rows)):
-                continue
-            assert whose is not None
-            raise UnsupportedFeatureError(
-                f"{whose.name} replaces all of {name}, and {member.name} brings other rows of it. full_weights "
-                "(--full-weights N) says whose to take"
-            )
+    for name in (name for name in found.rows if name in found.weights):
+        weight, _, whose = found.weights[name]
+        for rows, member in found.rows[name]:
+            inside = max(rows.indices, default=0) < len(weight)
+            if member is not whose and not (inside and _equal(weight[list(rows.indices)], rows.rows)):
+                raise UnsupportedFeatureError(
+                    f"{whose.name} replaces all of {name}, and {member.name} brings other rows of it. full_weights "
+                    "(--full-weights N) says whose to take"
+                )
 
 
 def _leave_out(found: Whole, member: Member) -> None:
