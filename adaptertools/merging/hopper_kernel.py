@@ -211,19 +211,17 @@ def _compute(  # type: ignore[no-untyped-def]
         for tile in range(begin, last):
             column = (tile - block * count) * ACROSS
             # asked for before the wait, so that it is here when the product is scaled
-            right_scale = gl.load(RIGHT_SCALE + column + j)
+            scales = (left_scale, gl.load(RIGHT_SCALE + column + j))
             at = turn % FACTOR_ROOM
             mbarrier.wait(full.index(at), (turn // FACTOR_ROOM) & 1)
             coming = _begin_product(left_high, left_low, factors.index(at), zero, RANK)
-            delta = product * gl.expand_dims(left_scale, 1) * gl.expand_dims(right_scale, 0)
-            _add(delta, tile - first, tile_ring, out, row + BELOW, column, PRODUCT, ROWS, ROOM, BELOW)
+            _add(product, scales, tile - first, tile_ring, out, row + BELOW, column, PRODUCT, ROWS, ROOM, BELOW)
             product = warpgroup_mma_wait(0, deps=[coming])
             mbarrier.arrive(free.index(at))
             turn += 1
         column = (last - block * count) * ACROSS
-        right_scale = gl.load(RIGHT_SCALE + column + j)
-        delta = product * gl.expand_dims(left_scale, 1) * gl.expand_dims(right_scale, 0)
-        _add(delta, last - first, tile_ring, out, row + BELOW, column, PRODUCT, ROWS, ROOM, BELOW)
+        scales = (left_scale, gl.load(RIGHT_SCALE + column + j))
+        _add(product, scales, last - first, tile_ring, out, row + BELOW, column, PRODUCT, ROWS, ROOM, BELOW)
     tma.store_wait(pendings=0)
 
 
@@ -253,7 +251,8 @@ def _begin_product(left_high, left_low, right, zero, RANK: gl.constexpr):  # typ
 
 @gluon.jit  # type: ignore[untyped-decorator]
 def _add(  # type: ignore[no-untyped-def]
-    delta,
+    product,
+    scales,
     turn,
     ring,
     out,
@@ -264,8 +263,10 @@ def _add(  # type: ignore[no-untyped-def]
     ROOM: gl.constexpr,
     BELOW: gl.constexpr,
 ):
-    """Add the delta to W where that lies, begin to store the sum, and free the place of the one before, now stored."""
+    """Add the scaled product to W where that lies, begin to store the sum, and free the last place, now stored."""
     places, full, free = ring
+    left_scale, right_scale = scales
+    delta = product * gl.expand_dims(left_scale, 1) * gl.expand_dims(right_scale, 0)
     at = turn % ROOM
     mbarrier.wait(full.index(at), (turn // ROOM) & 1)
     tile = places.index(at).slice(BELOW, ROWS)
