@@ -4,8 +4,8 @@
 A program stays on its multiprocessor and takes an equal share of all tiles. One of its warps has the copy engine fetch
 tiles of W and of the factors well ahead. Two groups of four warps each keep 64 rows of the left factor in registers;
 while the matrix units multiply for the next tile, a group adds the last product to W in place and has the copy engine
-store it. So loads, products and stores all run at once, which Triton's own pipelines do not bring about: 78 % of the
-bandwidth of a copy at rank 32 where those reach 75, 64 % at rank 128 for 43.
+store it. So loads, products and stores all run at once, which Triton's own pipelines do not bring about: 81 % of the
+bandwidth of a copy at rank 32 where those reach 75, 66 % at rank 128 for 43.
 
 Written in Gluon, Triton's language a level below, which is experimental and changes from release to release.
 """

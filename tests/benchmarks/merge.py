@@ -1,7 +1,6 @@
 """Time and memory of a merge, file to file: `cp -r` of the base, PEFT and adaptertools in turn, in one run.
 
     python tests/benchmarks/merge.py [--folder DIR] [--size 2.2] [--rank 32] [--repeat 3] [--gpu] [--skip-peft]
-    python tests/benchmarks/merge.py --kernel --gpu
 
 Makes a base of the shape of Llama with random bf16 weights of about so many GB in several shards, and four rank-32
 float32 adapters on all seven projections. Needs four times its size of free disk in DIR (the system's temporary folder
@@ -11,8 +10,6 @@ The base is in the page cache for everyone alike. A merge flushes its result to 
 which neither `cp` nor PEFT does: so everything is measured twice, like with like. With fsync, `cp -r` and PEFT are
 followed by `sync` of their files; without, a merge runs with os.fsync taken out, and with os.posix_fadvise, by which it
 has the disk begin early.
-
-`--kernel` times the arithmetic alone over the 224 matrices of Llama-3-8B on the GPU, against torch.clone of the same.
 """
 
 import argparse
@@ -21,10 +18,9 @@ import math
 import multiprocessing
 import os
 import platform
-import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,7 +41,6 @@ ADAPTERS = 4
 CPU_TARGETS = {"copy": 3.0, "peft": 5.0}
 GPU_TARGETS = {"copy": 0.4, "peft": 8.0}
 FOUR_TARGET = 1.3
-BANDWIDTH_TARGETS = {32: 0.75, 128: 0.60}
 
 MERGE = """
 import os, sys
@@ -292,70 +287,6 @@ def proven(folder: Path, device: str) -> None:
     clear(dst)
 
 
-# --------------------------------------------------------------------------------------------------- the kernel alone
-
-
-def kernel(table: Table, device: str, layers: int, repeat: int) -> None:
-    """All projections of a model through the kernel, against torch.clone of the same tensors: GB/s of each."""
-    import torch
-
-    from adaptertools.merging.edits import Edit, Update
-    from adaptertools.merging.kernels import prepare
-
-    torch.manual_seed(0)
-    shape = SHAPES[8.0] if device != "cpu" else SHAPES[0.1]
-    sizes = list(projections(shape).values()) * layers
-    weights = [(torch.randn(n_out, n_in, device=device) * 0.02).bfloat16() for n_in, n_out in sizes]
-    out = [torch.empty_like(weight) for weight in weights]
-    moved = 2 * sum(weight.nbytes for weight in weights)
-
-    def copied() -> None:
-        for weight in weights:
-            weight.clone()
-
-    clone = seconds(copied, device, repeat)
-    print(f"{'torch.clone':<30} {moved / clone / 1e9:>7.0f} GB/s", flush=True)
-    for rank, target in BANDWIDTH_TARGETS.items():
-        prepared = []
-        for weight in weights:
-            left, right = (
-                torch.randn(size, device=device) * 0.02 for size in ((weight.shape[0], rank), (rank, weight.shape[1]))
-            )
-            update = Update(source=0, target="proj", left=left, right=right, scale=2.0)
-            edit = Edit(
-                name="proj",
-                source="proj",
-                shape=tuple(weight.shape),
-                matrix=tuple(weight.shape),
-                dtype=weight.dtype,
-                updates=(update,),
-            )
-            prepared.append(prepare(edit, torch.device(device)))
-
-        def merged(prepared: list[object] = prepared) -> None:
-            for one, weight, result in zip(prepared, weights, out, strict=True):
-                one.merged(weight, 0, result)  # type: ignore[attr-defined]
-
-        took = seconds(merged, device, repeat)
-        print(f"{f'kernel, rank {rank}':<30} {moved / took / 1e9:>7.0f} GB/s", flush=True)
-        at_least(table, "  of the bandwidth of clone", clone / took, target if device != "cpu" else None)
-
-
-def seconds(work: Callable[[], None], device: str, repeat: int) -> float:
-    """The median time of several runs after two to warm up."""
-    import torch
-
-    wait = torch.cuda.synchronize if device != "cpu" else lambda: None
-    taken = []
-    for _ in range(repeat + 2):
-        wait()
-        started = time.perf_counter()
-        work()
-        wait()
-        taken.append(time.perf_counter() - started)
-    return statistics.median(taken[2:])
-
-
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--folder", help="where the models are made, and removed afterwards")
@@ -364,15 +295,10 @@ def main() -> None:
     options.add_argument("--repeat", type=int, default=3)
     options.add_argument("--gpu", action="store_true", help="merge and PEFT on CUDA")
     options.add_argument("--skip-peft", action="store_true")
-    options.add_argument("--kernel", action="store_true", help="the kernel alone, nothing else")
-    options.add_argument("--layers", type=int, default=32, help="of the model whose matrices --kernel takes")
     given = options.parse_args()
     table = Table()
     device = "cuda" if given.gpu else "cpu"
     print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, {platform.system()}")
-    if given.kernel:
-        kernel(table, device, given.layers, given.repeat)
-        sys.exit(table.missed)
     with scratch(given.folder) as folder:
         # in a process of its own: the kernel counts what this one once held to the peak of every child
         maker = multiprocessing.get_context("spawn").Process(target=make_inputs, args=(folder, given.size, given.rank))
