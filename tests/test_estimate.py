@@ -553,6 +553,15 @@ def test_what_is_no_base_model_is_refused(peft_folder: Path, tmp_path: Path) -> 
         adaptertools.estimate(tmp_path, ranks=8)
 
 
+def test_of_a_pipeline_one_model_is_to_be_named(tmp_path: Path) -> None:
+    for name in ("unet", "text_encoder"):
+        (tmp_path / name).mkdir()
+        save_file({"q.weight": torch.zeros(4, 4)}, tmp_path / name / "model.safetensors")
+    with pytest.raises(OptionError, match=r"several models \(unet, text_encoder\), .* such as .*/unet"):
+        adaptertools.estimate(tmp_path, ranks=8)
+    assert adaptertools.estimate(tmp_path / "unet", ranks=8).modules == 1
+
+
 @pytest.mark.parametrize(
     "config",
     [

@@ -263,6 +263,20 @@ def test_a_tensor_that_is_another_one_by_now_is_not_taken_for_the_one_that_was_c
             call()
 
 
+def test_a_tied_head_is_refused_with_what_can_be_done_in_memory() -> None:
+    state = {"model.embed_tokens.weight": normal(50, 24, seed=7), **weights()}
+    del state["lm_head.weight"]
+    with pytest.raises(UnsupportedFeatureError, match=r"Give the model a lm_head\.weight of its own first"):
+        merge_into(state, [adapter(names=("lm_head",))], config={"tie_word_embeddings": True})
+
+
+def test_what_is_merged_is_told_in_a_line() -> None:
+    merged = merge_into(weights(), [adapter(), adapter(seed=3)], [1, 0.5])
+    assert repr(merged) == "<Merged: 1 × adapter 1, 0.5 × adapter 2, in 4 tensors>"
+    merged.undo()
+    assert repr(merged) == "<Merged: nothing, the originals are in place>"
+
+
 @pytest.mark.parametrize("target", ["model", [1], None])
 def test_what_holds_no_weights_is_an_error_of_ours(target: Any) -> None:
     with pytest.raises(OptionError, match=r"expected a torch\.nn\.Module or its state dict"):

@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import adaptertools
-from adaptertools.adapter import Adapter, FullWeight, RowWeights, WeightRole
+from adaptertools.adapter import Adapter, Base, FullWeight, Origin, RowWeights, WeightRole
 from adaptertools.containers.checkpoint import Checkpoint
+from adaptertools.containers.source import Located
 from adaptertools.errors import (
     AdapterToolsError,
     MatchError,
@@ -610,6 +611,40 @@ def test_nothing_is_added_to_integers(dtype: torch.dtype, tmp_path: Path) -> Non
     base = write_base(tmp_path, {"a.table": torch.zeros(6, 4, dtype=dtype)})
     with pytest.raises(AdapterToolsError, match=r"a\.table is (int64|uint8)"):
         plan_merge(base, [adapter(module("a.table", 6, 4))])
+
+
+def named(name: str, base: str | None) -> Adapter:
+    bases = {"": Base(id=base)}
+    return Adapter(modules=(Q0,), bases=bases, origin=Origin(format="peft", container="safetensors", label=name))
+
+
+def remarks(plan: MergePlan) -> list[str]:
+    return [note for note in plan.notes if "was made for" in note]
+
+
+def test_an_adapter_that_names_another_model_of_the_hub_is_remarked_on(tmp_path: Path) -> None:
+    folder = write_base(tmp_path, LAYERS)
+    hub = Located(path=folder, label="org/base", name=f"org/base@{'0' * 40}")
+    assert remarks(plan_merge(hub, [named("one", "org/other")])) == [
+        "one was made for org/other, and the base is org/base: make sure that these are the same weights"
+    ]
+    for same in ("org/base", "Org/Base", "/a/folder", "models/of/mine", "name", None):
+        assert not remarks(plan_merge(hub, [named("one", same)]))
+    assert not remarks(plan_merge(folder, [named("one", "org/other")])), "a folder's name tells nothing"
+
+
+def test_adapters_that_name_different_models_are_remarked_on(tmp_path: Path) -> None:
+    folder = write_base(tmp_path, LAYERS)
+    adapters = [named("none", None), named("one", "org/base"), named("same", "org/base"), named("two", "org/other")]
+    assert remarks(plan_merge(folder, adapters)) == [
+        "two was made for org/other, and one for org/base: make sure that these are the same weights"
+    ]
+    assert not remarks(plan_merge(folder, adapters[:3]))
+
+
+def test_a_plan_is_short_where_it_is_not_printed(tmp_path: Path) -> None:
+    plan = plan_merge(write_base(tmp_path, LAYERS), [adapter(Q0)])
+    assert repr(plan) == f"<MergePlan: 1 adapter into {tmp_path}, 1 of {len(LAYERS)} tensors change>"
 
 
 def test_a_pipeline_of_several_models_is_refused_with_their_names(tmp_path: Path) -> None:

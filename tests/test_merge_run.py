@@ -145,6 +145,8 @@ def test_the_statistics_are_those_of_the_files(base: Path, tmp_path: Path) -> No
         assert record["tensors"][name]["rounding_error"] == report.tensors[name].relative_error
         assert record["tensors"][name]["unchanged"] == float((new == old).double().mean())
     assert record["total"]["elements"] == ROWS * COLUMNS * len(plan.edits)
+    took = f"rounding took {report.total.relative_error:.4g} of the delta"
+    assert repr(report) == f"<MergeReport of {report.path}: {len(plan.edits)} tensors changed on cpu, {took}>"
 
 
 def test_the_record_names_the_inputs_and_the_files(base: Path, tmp_path: Path) -> None:

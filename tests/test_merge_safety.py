@@ -437,9 +437,21 @@ def test_a_file_is_never_replaced(base: Path, dst: Path) -> None:
     assert dst.read_text() == "mine"
 
 
-def test_an_empty_folder_is_filled(base: Path, dst: Path, undisturbed: dict[str, bytes]) -> None:
+def test_a_link_to_nothing_is_never_replaced(base: Path, dst: Path) -> None:
+    dst.parent.mkdir()
+    dst.symlink_to("gone")
+    with pytest.raises(DestinationExistsError, match=r"is a link to gone, which is not there: remove the link"):
+        run_merge(make_plan(base), dst, device="cpu", overwrite=True)
+    assert dst.readlink() == Path("gone")
+
+
+def test_an_empty_folder_is_filled(
+    base: Path, dst: Path, undisturbed: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
     dst.mkdir(parents=True)
-    run_merge(make_plan(base), dst, device="cpu")
+    monkeypatch.chdir(dst.parent)
+    report = run_merge(make_plan(base), dst.name, device="cpu")
+    assert report.path == Path(dst.name)
     assert contents(dst) == undisturbed
 
 

@@ -95,6 +95,7 @@ def test_a_right_merge_is_proven(llama: Path) -> None:
     found = verified(llama, llama / "merged")
     assert found.ok, (found.problems, found.wrong)
     assert not found.by_other_tool
+    assert repr(found) == f"<Verification of {llama / 'merged'}: right, 14 tensors of {len(found.tensors)} merged>"
     assert {each.name for each in found.tensors} == set(weights_in(llama / "base"))
     assert sum(each.computed for each in found.tensors) == 14
     assert all(each.roundings <= 1.0 for each in found.tensors)

@@ -93,7 +93,7 @@ def _text(found: "Verification") -> str:
     if found.tensors:
         copied = len(found.tensors) - len(computed)
         lines.append(field("tensors", f"{len(computed):,} merged, {copied:,} to be the same bit for bit"))
-        lines.append(field("allowed", _ALLOWED[found.allowed]))
+        lines.append(field("allowed", f"{_ALLOWED[found.allowed]}, beyond the error of sums in float32"))
     lines += [field("wrong", problem) for problem in found.problems[:_SHOWN]]
     if len(found.problems) > _SHOWN:
         lines.append(field("wrong", f"and {len(found.problems) - _SHOWN:,} more"))

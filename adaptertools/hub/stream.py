@@ -137,8 +137,7 @@ class Way:
 
     def unfinished(self) -> Path | None:
         """Where a run that was stopped kept what it finished; None where there is nothing to go on from."""
-        dst = self._folder
-        folder = staging_folder(dst.resolve() if dst.is_dir() else dst)
+        folder = staging_folder(self._folder)
         return folder if folder.exists() else None
 
     @property

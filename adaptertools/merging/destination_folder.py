@@ -35,6 +35,10 @@ def check_free(dst: Path, overwrite: bool) -> None:
     """
     if not (dst.exists() or dst.is_symlink()) or (dst.is_dir() and not any(dst.iterdir())):
         return
+    if not dst.exists():
+        raise DestinationExistsError(
+            f"{dst} is a link to {dst.readlink()}, which is not there: remove the link, or give another name"
+        )
     if not dst.is_dir():
         raise DestinationExistsError(f"{dst} is a file, and a merged model is a folder: give another name")
     if not (dst / NAME).is_file():

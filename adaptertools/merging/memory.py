@@ -16,7 +16,7 @@ from torch import Tensor
 from adaptertools.adapter import Adapter
 from adaptertools.containers.checkpoint import Checkpoint
 from adaptertools.containers.source import Located
-from adaptertools.errors import NonFiniteError, OptionError, UnsupportedFeatureError
+from adaptertools.errors import NonFiniteError, OptionError, UnsupportedFeatureError, count
 from adaptertools.merging.blocks import block_rows
 from adaptertools.merging.edits import Edit
 from adaptertools.merging.kernels import Prepared, Statistics, full_precision, prepare
@@ -82,6 +82,14 @@ class Merged:
         self.plan: MergePlan | None = None
         self.statistics: Mapping[str, Statistics] = {}
         """What was added to each tensor, and what rounding took of it, by name"""
+
+    def __repr__(self) -> str:
+        if self.plan is None:
+            return "<Merged: nothing, the originals are in place>"
+        merged = ", ".join(
+            f"{weight:g} × {name}" for name, weight in zip(self.plan.sources, self.plan.weights, strict=True)
+        )
+        return f"<Merged: {merged}, in {count(len(self._changed), 'tensor')}>"
 
     def swap(
         self,

@@ -1,6 +1,7 @@
 """What happens to which tensor of a base model: complete and checked before a byte of its data is read."""
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
@@ -23,6 +24,9 @@ from adaptertools.merging.whole import Member
 from adaptertools.tensors import DTYPES, dtype_name, parse_dtype
 
 __all__ = ["MergePlan", "OutputShard", "plan_merge"]
+
+_REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+"""What the name of a model on the Hub looks like."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -102,6 +106,10 @@ class MergePlan:
             held.update({(tensor.data_ptr(), tensor.shape): tensor.nbytes for tensor in tensors})
         return sum(held.values())
 
+    def __repr__(self) -> str:
+        merged = f"{count(len(self.sources), 'adapter')} into {self.base.label}"
+        return f"<MergePlan: {merged}, {len(self.changed):,} of {count(len(self.tensors), 'tensor')} change>"
+
     def __str__(self) -> str:
         replaced = [name for name, edit in self.edits.items() if edit.replacement is not None]
         cast = [name for name, edit in self.edits.items() if self._is_cast(edit)]
@@ -176,6 +184,7 @@ def plan_merge(
     )
     copied, left = outputs.copied(opened)
     notes = [f"{member.name} has weight 0 and changes nothing" for member in members if not member.weight]
+    notes += _strangers(members, opened)
     notes += [f"left in the base's folder: {_few(left)}"] if left else []
     if assembly.labels is not None:
         told = ", as its config.json now says" if "id2label" in config else ""
@@ -199,6 +208,29 @@ def plan_merge(
         left_out=tuple(assembly.left_out),
         notes=merge_notes(assembly.notes, notes, *(_notes(member.adapter, opened) for member in members)),
     )
+
+
+def _strangers(members: Sequence[Member], base: Checkpoint) -> list[str]:
+    """A remark on adapters that name another base model: than this one of the Hub, or than the first adapter does."""
+    named = [(member.name, name) for member in members for name in _base_names(member.adapter)]
+    if not named:
+        return []
+    source, wanted = named[0]
+    other = f"{source} for {wanted}"
+    if base.opened and base.opened.is_remote:
+        wanted = base.opened.name.partition("@")[0]
+        other = f"the base is {wanted}"
+    return [
+        f"{source} was made for {name}, and {other}: make sure that these are the same weights"
+        for source, name in named
+        if name.casefold() != wanted.casefold()
+    ]
+
+
+def _base_names(adapter: Adapter) -> list[str]:
+    """The models of the Hub that it names as its base; the path of a folder tells nothing."""
+    stated = dict.fromkeys(base.id for base in adapter.bases.values())
+    return [name for name in stated if name and _REPOSITORY.fullmatch(name)]
 
 
 def _notes(adapter: Adapter, base: Checkpoint) -> list[str]:

@@ -20,6 +20,7 @@ from adaptertools import __version__
 from adaptertools.containers import safetensors
 from adaptertools.containers.checkpoint import Checkpoint
 from adaptertools.containers.tensorfile import reading
+from adaptertools.errors import count
 from adaptertools.merging import blocks
 from adaptertools.merging.edits import Edit, Update
 from adaptertools.merging.kernels import Statistics
@@ -59,6 +60,10 @@ class MergeReport:
     resumed: int = 0
     left_out: tuple[str, ...] = ()
     notes: tuple[str, ...] = field(default=())
+
+    def __repr__(self) -> str:
+        took = f"rounding took {self.total.relative_error:.4g} of the delta"
+        return f"<MergeReport of {self.path}: {count(len(self.tensors), 'tensor')} changed on {self.device}, {took}>"
 
 
 def total(parts: Iterable[Statistics]) -> Statistics:

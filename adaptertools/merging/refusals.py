@@ -57,11 +57,10 @@ def check_adapter(adapter: Adapter, name: str) -> None:
                 f"{name}: made for a model of the layers {ranges} of the base (layer_replication), where a layer "
                 "stands several times. Write the model with these layers first and merge into that"
             )
-    components = sorted({module.target.component for module in adapter.modules})
-    if len(components) > 1:
-        raise UnsupportedFeatureError(
-            f"{name}: it changes several models ({', '.join(components)}); take the modules of one apart first (--only)"
-        )
+    try:
+        adapter.check_one_model("a base model")
+    except UnsupportedFeatureError as error:
+        raise UnsupportedFeatureError(f"{name}: {error}") from None
 
 
 def check_weight_dtype(name: str, dtype: torch.dtype) -> None:

@@ -39,8 +39,14 @@ PART = ".part"
 
 
 def staging_folder(dst: Path) -> Path:
-    """Where a merge into `dst` is in the making."""
+    """Where a merge into `dst` is in the making: beside the folder itself, where `dst` is a link to it."""
+    dst = _followed(dst)
     return dst.with_name(f".{dst.name}.merging")
+
+
+def _followed(dst: Path) -> Path:
+    """The folder itself, where `dst` is a link to it or `..` stands for its name."""
+    return dst.resolve() if dst.is_dir() and (dst.is_symlink() or dst.name in ("", "..")) else dst
 
 
 class Staging:
@@ -225,7 +231,7 @@ def resumable(dst: Path, *, flush: bool = True) -> Iterator[Staging]:
     Raises: DestinationError, also if another merge into `dst` is running
     """
     with explained(dst):
-        dst = dst.resolve() if dst.is_dir() else dst
+        dst = _followed(dst)
         missing = [parent for parent in dst.parents if not parent.exists()]
         dst.parent.mkdir(parents=True, exist_ok=True)
         lock = _lock(dst)

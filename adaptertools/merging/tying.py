@@ -92,10 +92,15 @@ def tie_stated(config: Mapping[str, Any]) -> bool | None:
 
 def refuse_tied(base: Checkpoint, tie: Tie, changed: str, source: str) -> UnsupportedFeatureError:
     """The error of a change of one of two tied weights."""
+    way_out = (
+        f"`merge --untie` (plan_merge with untie=True) writes {tie.head} as a tensor of its own and sets "
+        "tie_word_embeddings to false"
+    )
+    if base.opened is None:
+        way_out = f"Give the model a {tie.head} of its own first, or merge its files by plan_merge with untie=True"
     return UnsupportedFeatureError(
         f"{source} changes {changed}, and {base.label} ties its output head to {tie.embedding}: the change was trained "
-        f"on one of the two and would change both. `merge --untie` (plan_merge with untie=True) writes {tie.head} as a "
-        "tensor of its own and sets tie_word_embeddings to false"
+        f"on one of the two and would change both. {way_out}"
     )
 
 

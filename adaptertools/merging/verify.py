@@ -41,6 +41,12 @@ class Verification:
     allowed: int = 1
     notes: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        found = [f"{count(sum(each.computed for each in self.tensors), 'tensor')} of {len(self.tensors):,} merged"]
+        found += [count(len(self.problems), "problem")] if self.problems else []
+        found += [f"{count(len(self.wrong), 'tensor')} wrong"] if self.wrong else []
+        return f"<Verification of {self.merged}: {'right' if self.ok else 'not right'}, {', '.join(found)}>"
+
     @property
     def ok(self) -> bool:
         return not self.problems and not self.wrong

@@ -9,6 +9,7 @@ from typing import Any
 
 from adaptertools.adapter import merge_notes
 from adaptertools.containers.checkpoint import Checkpoint
+from adaptertools.containers.pipeline import open_checkpoint
 from adaptertools.containers.source import Located
 from adaptertools.errors import OptionError, count
 from adaptertools.names import matches
@@ -110,7 +111,7 @@ def estimate(
             UnsupportedFeatureError for a base whose headers do not state the shapes, and for an adapter
     """
     wanted = _ranks(ranks)
-    checkpoint = base if isinstance(base, Checkpoint) else Checkpoint.open(base)
+    checkpoint = open_checkpoint(base)
     model = BaseLayers(checkpoint)
     names = [targets] if isinstance(targets, str) else list(targets)
     chosen, notes = _choose(model, names, checkpoint.label)
