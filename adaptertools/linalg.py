@@ -207,7 +207,7 @@ def parse_device(name: str | torch.device, *, has_float64: bool = True) -> torch
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         raise OptionError(f"device {name!r}: expected {_DEVICES}") from None
     if device.type not in ("cpu", "cuda", "mps"):
         raise OptionError(f"device {name!r}: expected {_DEVICES}")

@@ -296,6 +296,17 @@ def test_a_link_to_a_file_is_replaced_and_its_target_stays(tmp_path: Path) -> No
     assert blob.read_text() == "shared by others"
 
 
+def test_a_folder_that_may_not_be_changed_is_told_before_anything_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dst = tmp_path / "dst"
+    dst.mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: not (Path(path) == dst and mode & os.W_OK))
+    with pytest.raises(DestinationError, match="no permission"), staged(dst):
+        pass
+    assert [entry.name for entry in tmp_path.iterdir()] == ["dst"]
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="nothing is forbidden to root")
 def test_a_folder_without_permission_is_named(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)

@@ -91,6 +91,19 @@ def test_one_file_or_one_index_may_be_named(tmp_path: Path) -> None:
     assert Checkpoint.open(tmp_path / "pytorch_model.bin.index.json").shapes.keys() == WEIGHTS.keys()
 
 
+@pytest.mark.parametrize("shards", [(1,), (1, 2, 3)])
+def test_shards_without_their_index_are_no_model(shards: tuple[int, ...], tmp_path: Path) -> None:
+    for number in shards:
+        save_file({f"x{number}": torch.zeros(1)}, tmp_path / f"model-0000{number}-of-00003.safetensors")
+    with pytest.raises(AmbiguousFormatError, match=r"model\.safetensors\.index\.json, is missing: download it too"):
+        Checkpoint.open(tmp_path)
+
+
+def test_the_only_shard_of_one_needs_no_index(tmp_path: Path) -> None:
+    save_file(WEIGHTS, tmp_path / "model-00001-of-00001.safetensors")
+    assert Checkpoint.open(tmp_path).shapes.keys() == WEIGHTS.keys()
+
+
 def test_safetensors_are_preferred_to_torch_files(tmp_path: Path) -> None:
     torch.save({"old": torch.zeros(1)}, tmp_path / "pytorch_model.bin")
     save_file(WEIGHTS, tmp_path / "model.safetensors")

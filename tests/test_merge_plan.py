@@ -291,8 +291,11 @@ def test_whole_weights_that_differ_need_a_choice(tmp_path: Path) -> None:
     plan = plan_merge(base, adapters, full_weights=2)
     assert torch.equal(execute(plan)["model.norm.weight"], tensor(4, seed=12))
     assert any("not taken: model.norm.weight" in note for note in plan.notes)
-    with pytest.raises(OptionError, match="full_weights is 4"):
-        plan_merge(base, adapters, full_weights=4)
+    for number in (4, "1"):
+        with pytest.raises(
+            OptionError, match=rf"full_weights is {number!r}, expected the number of an adapter: 1, 2, 3"
+        ):
+            plan_merge(base, adapters, full_weights=number)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -654,6 +657,19 @@ def test_a_pipeline_of_several_models_is_refused_with_their_names(tmp_path: Path
         plan_merge(tmp_path, [adapter(Q0)])
 
 
+def test_an_adapter_in_the_place_of_the_base_is_called_that(tmp_path: Path) -> None:
+    lora = write_base(tmp_path, {"base_model.model.q_proj.lora_A.weight": tensor(2, 4)})
+    with pytest.raises(UnsupportedFeatureError, match=r"lora_A\.weight belongs to an adapter, and a base model is exp"):
+        plan_merge(lora, [adapter(Q0)])
+
+
+def test_of_several_adapters_notes_say_whose_they_are(tmp_path: Path) -> None:
+    base = write_base(tmp_path, LAYERS)
+    one, other = replace(named("one", None), notes=("odd",)), replace(named("other", None), modules=(Q1,))
+    assert "odd" in plan_merge(base, [one]).notes
+    assert "one: odd" in plan_merge(base, [one, other]).notes
+
+
 def test_a_weight_that_one_adapter_replaces_and_another_trained_rows_of_is_refused(tmp_path: Path) -> None:
     base = write_base(tmp_path, LAYERS)
     name = "model.embed_tokens.weight"
@@ -686,6 +702,8 @@ def test_an_embedding_that_may_be_a_head_is_remarked_upon(tmp_path: Path) -> Non
         ((None, [adapter(Q0)]), "base is NoneType, expected the path"),
         (("here", None), "adapters: found NoneType, expected a list"),
         (("here", [adapter(Q0)], 0.5), "weights is 0.5, expected a list"),
+        (("here", [adapter(Q0)], {0: 1.0}), r"weights is \{0: 1.0\}, expected a list"),
+        (("here", [adapter(Q0)], {1.0}), r"weights is \{1.0\}, expected a list"),
     ],
 )
 def test_what_is_of_another_type_is_an_error_of_ours(given: Any, said: str, tmp_path: Path) -> None:

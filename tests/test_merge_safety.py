@@ -437,6 +437,18 @@ def test_a_file_is_never_replaced(base: Path, dst: Path) -> None:
     assert dst.read_text() == "mine"
 
 
+def test_a_merge_that_may_not_be_replaced_is_told_before_anything_is_made(
+    base: Path, dst: Path, undisturbed: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_merge(make_plan(base), dst, device="cpu")
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "access", lambda path, mode: not (Path(path) == dst and mode & os.W_OK))
+        with pytest.raises(DestinationError, match="no permission to write there"):
+            run_merge(other_plan(base), dst, device="cpu", overwrite=True)
+    assert contents(dst) == undisturbed
+    assert not staging_folder(dst).exists()
+
+
 def test_a_link_to_nothing_is_never_replaced(base: Path, dst: Path) -> None:
     dst.parent.mkdir()
     dst.symlink_to("gone")

@@ -2,14 +2,16 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import container_cases as cases
 import pytest
 import torch
 
+import adaptertools
 from adaptertools import containers
 from adaptertools.containers.source import Source
-from adaptertools.errors import EmptyFileError, SourceNotFoundError, UnknownFormatError
+from adaptertools.errors import EmptyFileError, OptionError, SourceNotFoundError, UnknownFormatError
 
 
 @pytest.fixture
@@ -21,6 +23,13 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "other").mkdir()
     cases.write("msgpack", tmp_path / "other", {"z": torch.ones(4)}, "weights")
     return tmp_path
+
+
+@pytest.mark.parametrize("given", [None, 3, ["a"]])
+def test_what_is_no_path_is_an_error_of_ours(given: Any) -> None:
+    for call in (adaptertools.read, Source):
+        with pytest.raises(OptionError, match=r"expected a path: a string or a pathlib\.Path"):
+            call(given)
 
 
 def test_a_folder_offers_what_stands_in_it(folder: Path) -> None:

@@ -42,14 +42,14 @@ def localize(
 
     Of an address, `headers` fetches no values, but those of tensors of a few bytes: using others is an error.
 
-    Raises: HubError for an address; OptionError for an empty path, and for a revision of what is none on the Hub
+    Raises: HubError for an address; OptionError for what is no path, and for a revision of what is none on the Hub
     """
     address = None if isinstance(given, Located) else as_address(given)
     if address is None:
-        place = given if isinstance(given, Located | Path) else str(given)
+        assert not isinstance(given, Address)
         if revision is not None and not isinstance(given, Located):
-            raise OptionError(f"a revision is given, {revision}, and {place} is a path on this machine: it has none")
-        return located(place)
+            raise OptionError(f"a revision is given, {revision}, and {given} is a path on this machine: it has none")
+        return located(given)
     if headers:
         from adaptertools.hub.headers import fetch_headers
 

@@ -88,6 +88,7 @@ def staged(dst: Path) -> Iterator[Path]:
     """
     with explained(dst):
         dst = _followed(dst)
+        check_writable(dst)
         missing = [parent for parent in dst.parents if not parent.exists()]
         dst.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(dst)
@@ -100,6 +101,15 @@ def staged(dst: Path) -> Iterator[Path]:
         for parent in missing:
             with suppress(OSError):
                 parent.rmdir()  # where nothing was published, nothing is left
+
+
+def check_writable(dst: Path) -> None:
+    """Make sure that what stands at `dst` may be changed, if it is a folder: found late, it would be in the way.
+
+    Raises: PermissionError
+    """
+    if dst.is_dir() and not os.access(dst, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(dst))
 
 
 def _followed(dst: Path) -> Path:

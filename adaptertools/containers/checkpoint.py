@@ -4,6 +4,7 @@ Opening reads no weight. They are mapped from disk and read where they are touch
 """
 
 import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
@@ -38,6 +39,7 @@ WEIGHTS = (
     "pytorch_model.bin",
 )
 """The names under which model libraries store weights, the preferred first."""
+_SHARD = re.compile(r"-\d+-of-(\d+)\.safetensors$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +187,11 @@ def _find_weights(folder: Path) -> Path:
     if not others:
         alone = f" beside its {CONFIG}, and what is asked needs them" if (folder / CONFIG).is_file() else ""
         raise UnknownFormatError(f"{folder}: no weights of a base model{alone}; expected one of {', '.join(WEIGHTS)}")
+    if shards := [other for other in others if (found := _SHARD.search(other.name)) and int(found[1]) > 1]:
+        raise AmbiguousFormatError(
+            f"{folder}: {shards[0].name} is a part of a model, and the index that names all of them, {WEIGHTS[0]}, is "
+            "missing: download it too"
+        )
     if len(others) > 1:
         names = ", ".join(other.name for other in others[:5])
         raise AmbiguousFormatError(f"{folder}: several weight files and no index ({names}); name one of them")

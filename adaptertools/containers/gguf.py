@@ -120,7 +120,9 @@ def _check_coverage(label: str, head: Head, size: int) -> None:
     found = size - head.start
     if found not in range(end, expected + 1):
         what = "was cut off" if found < end else "has bytes after its last tensor"
-        raise DamagedFileError(f"{label}: the file {what}: {end} bytes of data expected, {max(found, 0)} found")
+        raise DamagedFileError(
+            f"{label}: the file {what}: {end} bytes of data expected, {max(found, 0)} found. Download or save it again"
+        )
 
 
 def _nbytes(label: str, entry: Entry) -> int:

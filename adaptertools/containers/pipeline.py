@@ -1,5 +1,6 @@
 """A base model that is several: the folders of a diffusers pipeline, each a model of its own."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any, NoReturn
 
 from adaptertools.containers.checkpoint import CONFIG, WEIGHTS, Checkpoint
 from adaptertools.containers.source import Located, located
-from adaptertools.errors import OptionError
+from adaptertools.errors import OptionError, UnsupportedFeatureError
 
 INDEX = "model_index.json"
 """What makes a pipeline of a folder of models."""
@@ -22,6 +23,10 @@ COMPONENTS = (
     "text_encoder_3",
 )
 """The models of a pipeline that adapters are trained for."""
+
+
+_FACTOR = re.compile(r"(^|[._])lora_(A|B|down|up|embedding_A|embedding_B)(\.|$)")
+"""What the name of a tensor has that belongs to an adapter."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,11 +82,17 @@ def open_model(given: str | Path | Located, *, config_suffices: bool = False) ->
 def open_checkpoint(given: str | Path | Located | Checkpoint) -> Checkpoint:
     """A base model that is one, with its weights; one that is open already is returned as it is.
 
-    Raises: OptionError for a pipeline, naming its models; as `open_model` else
+    Raises: OptionError for a pipeline, naming its models; UnsupportedFeatureError for an adapter; as `open_model` else
     """
     model = given if isinstance(given, Checkpoint) else open_model(given)
     if isinstance(model, Pipeline):
         model.refuse()
+    factor = next(filter(_FACTOR.search, model.shapes), None)
+    if factor is not None and model.opened is not None:
+        raise UnsupportedFeatureError(
+            f"{model.label}: {factor} belongs to an adapter, and a base model is expected here. `inspect` says what an "
+            "adapter holds"
+        )
     return model
 
 

@@ -142,7 +142,9 @@ def _check_coverage(label: str, spans: Mapping[str, _Span], size: int) -> None:
         end = span.end
     if end != size:
         what = "was cut off" if size < end else "has bytes after its last tensor"
-        raise DamagedFileError(f"{label}: the file {what}: {end} bytes of data expected, {size} found")
+        raise DamagedFileError(
+            f"{label}: the file {what}: {end} bytes of data expected, {size} found. Download or save it again"
+        )
 
 
 class Sized(Protocol):

@@ -1,5 +1,6 @@
 """A place an adapter is read from: a file, a folder, or tensors in memory, seen the same way by every format."""
 
+import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -21,8 +22,10 @@ _MEMORY = "memory"
 def as_path(given: str | Path) -> Path:
     """The path that a caller means.
 
-    Raises: OptionError for an empty string, which would mean the current folder
+    Raises: OptionError for an empty string, which would mean the current folder, and for what is no path
     """
+    if not isinstance(given, str | os.PathLike):
+        raise OptionError(f"found {type(given).__name__}, expected a path: a string or a pathlib.Path")
     if str(given) == "":
         raise OptionError("an empty path is given; the current folder is .")
     return Path(given)

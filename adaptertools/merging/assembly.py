@@ -244,7 +244,8 @@ class Assembly:
             if self.draft.shape(name)[0] != new:
                 raise ShapeError(
                     f"{tie.embedding} gets {new} rows, {name} has {self.draft.shape(name)[0]}: the vocabulary was "
-                    "resized, and the adapter does not hold both. Save it again with save_embedding_layers=True"
+                    "resized, and the adapter does not hold both. Save it again with save_embedding_layers=True; where "
+                    "one of them is a target module, PEFT saves that one alone: save the resized model, merge into that"
                 )
         if new != old:
             self.vocabulary = (old, new)

@@ -42,7 +42,9 @@ def check_free(dst: Path, overwrite: bool) -> None:
     if not dst.is_dir():
         raise DestinationExistsError(f"{dst} is a file, and a merged model is a folder: give another name")
     if not (dst / NAME).is_file():
-        raise DestinationExistsError(f"{dst} exists and holds no {NAME}, so it is not replaced: give another name")
+        raise DestinationExistsError(
+            f"{dst} exists and holds no {NAME}, so it is not replaced: give another name for the result"
+        )
     theirs = set(_written(dst))
     foreign = sorted(entry.name for entry in dst.iterdir() if entry.name.endswith(WEIGHTS))
     foreign = [name for name in foreign if name not in theirs]

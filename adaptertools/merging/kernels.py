@@ -224,12 +224,14 @@ class Prepared:
                 label = self._label(each.update.source)
                 return NonFiniteError(f"{label}: {each.update.target}: its magnitudes hold NaN or infinity")
         if weight is not None and not _is_finite(weight):
-            return NonFiniteError(f"{self.edit.name}: the base weight holds NaN or infinity")
-        where = "" if weight is not None else " or the base weight holds NaN or infinity,"
-        zero = " or a row or column has norm 0 (DoRA divides by it)," if self.edit.renormalizations else ""
+            return NonFiniteError(
+                f"{self.edit.name}: the base weight holds NaN or infinity. Download the base model again, or check it"
+            )
+        where = "" if weight is not None else " the base weight holds NaN or infinity, or"
+        zero = " a row or column has norm 0 (DoRA divides by it), or" if self.edit.renormalizations else ""
         return NonFiniteError(
-            f"{self.edit.name}:{where}{zero} the merged weight leaves the range of {self.edit.dtype}; "
-            "a smaller weight or a wider --dtype avoids the last"
+            f"{self.edit.name}:{where}{zero} the merged weight leaves the range of {self.edit.dtype}, which a smaller "
+            "weight or a wider dtype (--dtype) avoids"
         )
 
     def _label(self, source: int) -> str:

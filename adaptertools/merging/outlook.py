@@ -82,17 +82,17 @@ def hire(plan: MergePlan, device: torch.device, max_memory: int, workers: int | 
 
     Raises: OptionError if not one does
     """
-    if workers is not None and workers < 1:
-        raise OptionError(f"workers is {workers}, expected one at least")
-    if not isinstance(max_memory, int):
+    if workers is not None and (not isinstance(workers, int) or isinstance(workers, bool) or workers < 1):
+        raise OptionError(f"workers is {workers!r}, expected a number of threads, from 1 on")
+    if not isinstance(max_memory, int) or isinstance(max_memory, bool):
         raise OptionError(f"max_memory is {max_memory!r}, expected a number of bytes, such as 2 << 30")
     blocks = [largest_block(edit, source_dtype(plan, edit), device) for edit in plan.edits.values()]
     block = max(blocks, default=0)
     each = worker_memory(block)
     if max_memory < _COMMON + each:
         raise OptionError(
-            f"max_memory is {max_memory}, expected {_COMMON + each} or more: what one worker needs for the blocks of "
-            "this model"
+            f"max_memory (--max-memory) is {max_memory:,} bytes, expected {_COMMON + each:,} or more: what one worker "
+            "needs for the blocks of this model"
         )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return Crew(device, min(workers or min(_MOST_WORKERS, cores), (max_memory - _COMMON) // each), block)

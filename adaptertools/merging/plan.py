@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any, SupportsFloat
@@ -206,7 +206,7 @@ def plan_merge(
         config=config,
         copied=copied,
         left_out=tuple(assembly.left_out),
-        notes=merge_notes(assembly.notes, notes, *(_notes(member.adapter, opened) for member in members)),
+        notes=merge_notes(assembly.notes, notes, *(_notes(member, opened, len(members)) for member in members)),
     )
 
 
@@ -233,10 +233,12 @@ def _base_names(adapter: Adapter) -> list[str]:
     return [name for name in stated if name and _REPOSITORY.fullmatch(name)]
 
 
-def _notes(adapter: Adapter, base: Checkpoint) -> list[str]:
+def _notes(member: Member, base: Checkpoint, members: int) -> list[str]:
     """What its reader found odd, without what it missed in the base by name, which is matched here."""
-    settled = tuple(note.partition(", such as")[0].partition(":")[0] for note in BaseModel(base).notes(adapter.modules))
-    return [note for note in adapter.notes if not note.startswith(settled)]
+    missed = BaseModel(base).notes(member.adapter.modules)
+    settled = tuple(note.partition(", such as")[0].partition(":")[0] for note in missed)
+    of = f"{member.name}: " if members > 1 else ""
+    return [f"{of}{note}" for note in member.adapter.notes if not note.startswith(settled)]
 
 
 def _members(
@@ -249,7 +251,7 @@ def _members(
         raise OptionError(f"adapters: found {found}, expected a list of Adapter, as `adaptertools.read` gives them")
     if not adapters:
         raise OptionError("a merge takes one adapter or more, found none")
-    if not isinstance(weights, Iterable | None):
+    if not isinstance(weights, Iterable | None) or isinstance(weights, str | Mapping | Set):
         raise OptionError(f"weights is {weights!r}, expected a list with a number for each adapter")
     given = [1.0] * len(adapters) if weights is None else list(weights)
     if len(given) != len(adapters) or not all(map(_is_finite, given)):

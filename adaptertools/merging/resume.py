@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from adaptertools.containers.atomic import allocated, explained, publish_folder, sync, write_text
+from adaptertools.containers.atomic import allocated, check_writable, explained, publish_folder, sync, write_text
 from adaptertools.containers.checkpoint import CONFIG
 from adaptertools.containers.jsonfile import format_json, read_json
 from adaptertools.errors import DestinationError, DestinationExistsError
@@ -232,6 +232,7 @@ def resumable(dst: Path, *, flush: bool = True) -> Iterator[Staging]:
     """
     with explained(dst):
         dst = _followed(dst)
+        check_writable(dst)
         missing = [parent for parent in dst.parents if not parent.exists()]
         dst.parent.mkdir(parents=True, exist_ok=True)
         lock = _lock(dst)

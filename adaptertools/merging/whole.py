@@ -56,7 +56,8 @@ def gather(
     found = Whole()
     numbers = {member.number + 1 for member in members}
     if full_weights is not None and full_weights not in numbers:
-        raise OptionError(f"full_weights is {full_weights}, expected the number of an adapter, from 1 on")
+        known = ", ".join(map(str, sorted(numbers)))
+        raise OptionError(f"full_weights is {full_weights!r}, expected the number of an adapter: {known}")
     for member in members:
         if full_weights not in (None, member.number + 1):
             _leave_out(found, member)

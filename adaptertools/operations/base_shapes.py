@@ -4,7 +4,6 @@ Kept in their own shape: float8 of `fp8` and `fbgemm_fp8`, int8 of bitsandbytes,
 have 32 values in 16 bytes. Other schemes pack weights so that no header states their shape, and are refused.
 """
 
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -32,15 +31,12 @@ _BUFFERS = (
 )
 """What models store and do not count among their parameters."""
 
-_ADAPTER = re.compile(r"(^|[._])lora_(A|B|down|up|embedding_A|embedding_B)(\.|$)")
-
 
 def true_shapes(checkpoint: Checkpoint) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Every parameter and its shape; without buffers and the scales of quantised weights.
 
-    Raises: UnsupportedFeatureError if the headers do not state the shapes, or if it is an adapter
+    Raises: UnsupportedFeatureError if the headers do not state the shapes
     """
-    _check_kind(checkpoint)
     scheme = _scheme(checkpoint)
     for name, shape in checkpoint.shapes.items():
         leaf = name.rpartition(".")[2]
@@ -49,15 +45,6 @@ def true_shapes(checkpoint: Checkpoint) -> Iterator[tuple[str, tuple[int, ...]]]
             yield name.removesuffix("_blocks"), (experts, blocks * size * _VALUES_PER_BYTE, out)
         elif not _is_beside(name, shape, scheme):
             yield name, shape
-
-
-def _check_kind(checkpoint: Checkpoint) -> None:
-    for name in checkpoint.shapes:
-        if _ADAPTER.search(name):
-            raise UnsupportedFeatureError(
-                f"{checkpoint.label}: {name} belongs to an adapter, expected the base model. `inspect` says how many "
-                "parameters an adapter has"
-            )
 
 
 def _scheme(checkpoint: Checkpoint) -> str | None:
