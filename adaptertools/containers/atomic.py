@@ -87,7 +87,7 @@ def staged(dst: Path) -> Iterator[Path]:
     Raises: DestinationError
     """
     with explained(dst):
-        dst = _followed(dst)
+        dst = followed(dst)
         check_writable(dst)
         missing = [parent for parent in dst.parents if not parent.exists()]
         dst.parent.mkdir(parents=True, exist_ok=True)
@@ -112,8 +112,9 @@ def check_writable(dst: Path) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(dst))
 
 
-def _followed(dst: Path) -> Path:
-    return dst.resolve() if dst.is_dir() else dst
+def followed(dst: Path) -> Path:
+    """The folder itself, where `dst` is a link to one or `..` stands for its name."""
+    return dst.resolve() if dst.is_dir() and (dst.is_symlink() or dst.name in ("", "..")) else dst
 
 
 def _locked_folder(dst: Path) -> tuple[Path, int]:
@@ -138,7 +139,7 @@ def publish_folder(staging: Path, dst: Path, replaced: Collection[str] = ()) -> 
     Raises: DestinationError
     """
     with explained(dst):
-        dst = _followed(dst)
+        dst = followed(dst)
         if not dst.is_dir():
             sync(staging)
             staging.rename(dst)

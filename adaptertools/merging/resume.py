@@ -15,7 +15,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from adaptertools.containers.atomic import allocated, check_writable, explained, publish_folder, sync, write_text
+from adaptertools.containers.atomic import (
+    allocated,
+    check_writable,
+    explained,
+    followed,
+    publish_folder,
+    sync,
+    write_text,
+)
 from adaptertools.containers.checkpoint import CONFIG
 from adaptertools.containers.jsonfile import format_json, read_json
 from adaptertools.errors import DestinationError, DestinationExistsError
@@ -40,13 +48,8 @@ PART = ".part"
 
 def staging_folder(dst: Path) -> Path:
     """Where a merge into `dst` is in the making: beside the folder itself, where `dst` is a link to it."""
-    dst = _followed(dst)
+    dst = followed(dst)
     return dst.with_name(f".{dst.name}.merging")
-
-
-def _followed(dst: Path) -> Path:
-    """The folder itself, where `dst` is a link to it or `..` stands for its name."""
-    return dst.resolve() if dst.is_dir() and (dst.is_symlink() or dst.name in ("", "..")) else dst
 
 
 class Staging:
@@ -231,7 +234,7 @@ def resumable(dst: Path, *, flush: bool = True) -> Iterator[Staging]:
     Raises: DestinationError, also if another merge into `dst` is running
     """
     with explained(dst):
-        dst = _followed(dst)
+        dst = followed(dst)
         check_writable(dst)
         missing = [parent for parent in dst.parents if not parent.exists()]
         dst.parent.mkdir(parents=True, exist_ok=True)
