@@ -663,6 +663,17 @@ def test_an_adapter_in_the_place_of_the_base_is_called_that(tmp_path: Path) -> N
         plan_merge(lora, [adapter(Q0)])
 
 
+def test_a_base_may_hold_an_adapter_of_its_own(tmp_path: Path) -> None:
+    """As Phi-4-multimodal does, of which the weights beside can be merged into."""
+    own = {f"model.layers.0.q_proj.lora_{factor}.speech.weight": tensor(2, 2) for factor in "AB"}
+    base = write_base(tmp_path, LAYERS | own)
+    assert plan_merge(base, [adapter(Q0)]).changed == ("model.layers.0.q_proj.weight",)
+    with pytest.raises(
+        UnsupportedFeatureError, match=r"lora_A\.speech\.weight belongs to an adapter that is a part of"
+    ):
+        adaptertools.estimate(base, ranks=2)
+
+
 def test_of_several_adapters_notes_say_whose_they_are(tmp_path: Path) -> None:
     base = write_base(tmp_path, LAYERS)
     one, other = replace(named("one", None), notes=("odd",)), replace(named("other", None), modules=(Q1,))

@@ -24,9 +24,11 @@ COMPONENTS = (
 )
 """The models of a pipeline that adapters are trained for."""
 
-
-_FACTOR = re.compile(r"(^|[._])lora_(A|B|down|up|embedding_A|embedding_B)(\.|$)")
+FACTOR = re.compile(r"(^|[._])lora_(A|B|down|up|embedding_A|embedding_B)(\.|$)")
 """What the name of a tensor has that belongs to an adapter."""
+
+_CHANGED = (".weight", ".base_layer.weight")
+"""What the name of the weight ends in that a factor of the same module changes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,13 +89,21 @@ def open_checkpoint(given: str | Path | Located | Checkpoint) -> Checkpoint:
     model = given if isinstance(given, Checkpoint) else open_model(given)
     if isinstance(model, Pipeline):
         model.refuse()
-    factor = next(filter(_FACTOR.search, model.shapes), None)
-    if factor is not None and model.opened is not None:
+    if model.opened is not None and (factor := _factor_alone(model)) is not None:
         raise UnsupportedFeatureError(
             f"{model.label}: {factor} belongs to an adapter, and a base model is expected here. `inspect` says what an "
             "adapter holds"
         )
     return model
+
+
+def _factor_alone(model: Checkpoint) -> str | None:
+    """A factor without the weight that it changes: some models hold adapters of their own, which stand beside it."""
+    for name in model.shapes:
+        found = FACTOR.search(name)
+        if found and not any(f"{name[: found.start()]}{end}" in model.shapes for end in _CHANGED):
+            return name
+    return None
 
 
 def _is_config_alone(path: Path) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from adaptertools.containers.checkpoint import Checkpoint
+from adaptertools.containers.pipeline import FACTOR
 from adaptertools.errors import UnsupportedFeatureError
 
 _KEEP_SHAPES = ("fp8", "fbgemm_fp8")
@@ -35,8 +36,9 @@ _BUFFERS = (
 def true_shapes(checkpoint: Checkpoint) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Every parameter and its shape; without buffers and the scales of quantised weights.
 
-    Raises: UnsupportedFeatureError if the headers do not state the shapes
+    Raises: UnsupportedFeatureError if the headers do not state the shapes, or if an adapter is a part of the model
     """
+    _check_kind(checkpoint)
     scheme = _scheme(checkpoint)
     for name, shape in checkpoint.shapes.items():
         leaf = name.rpartition(".")[2]
@@ -45,6 +47,13 @@ def true_shapes(checkpoint: Checkpoint) -> Iterator[tuple[str, tuple[int, ...]]]
             yield name.removesuffix("_blocks"), (experts, blocks * size * _VALUES_PER_BYTE, out)
         elif not _is_beside(name, shape, scheme):
             yield name, shape
+
+
+def _check_kind(checkpoint: Checkpoint) -> None:
+    for name in filter(FACTOR.search, checkpoint.shapes):
+        raise UnsupportedFeatureError(
+            f"{checkpoint.label}: {name} belongs to an adapter that is a part of the model; expected a model without"
+        )
 
 
 def _scheme(checkpoint: Checkpoint) -> str | None:
