@@ -659,7 +659,7 @@ def test_a_pipeline_of_several_models_is_refused_with_their_names(tmp_path: Path
 
 def test_an_adapter_in_the_place_of_the_base_is_called_that(tmp_path: Path) -> None:
     lora = write_base(tmp_path, {"base_model.model.q_proj.lora_A.weight": tensor(2, 4)})
-    with pytest.raises(UnsupportedFeatureError, match=r"lora_A\.weight belongs to an adapter, and a base model is exp"):
+    with pytest.raises(UnsupportedFeatureError, match=r"lora_A\.weight belongs to an adapter, and a whole model is ex"):
         plan_merge(lora, [adapter(Q0)])
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import adaptertools
 from adaptertools.adapter import Adapter, LoraModule, Target
-from adaptertools.errors import SourceNotFoundError
+from adaptertools.errors import SourceNotFoundError, UnsupportedFeatureError
 from adaptertools.merging.coefficients import Moments, fit
 from adaptertools.merging.comparison import Comparison, _same_bits
 from adaptertools.merging.edits import Edit, Renormalization, Update
@@ -352,6 +352,11 @@ def test_a_shard_that_is_gone_or_cut_off_is_found(llama: Path, copy: Path) -> No
     assert any(shard.name in problem for problem in verified(llama, copy).problems)
     with pytest.raises(SourceNotFoundError):
         verified(llama, copy / "nowhere")
+
+
+def test_an_adapter_in_the_place_of_the_merge_is_called_that(llama: Path) -> None:
+    with pytest.raises(UnsupportedFeatureError, match=r"belongs to an adapter, and a whole model is expected here"):
+        verified(llama, llama / "one")
 
 
 def test_a_changed_configuration_and_strange_files_are_found(llama: Path, copy: Path) -> None:

@@ -82,7 +82,7 @@ def open_model(given: str | Path | Located, *, config_suffices: bool = False) ->
 
 
 def open_checkpoint(given: str | Path | Located | Checkpoint) -> Checkpoint:
-    """A base model that is one, with its weights; one that is open already is returned as it is.
+    """A model that is one, with its weights; one that is open already is returned as it is.
 
     Raises: OptionError for a pipeline, naming its models; UnsupportedFeatureError for an adapter; as `open_model` else
     """
@@ -91,8 +91,8 @@ def open_checkpoint(given: str | Path | Located | Checkpoint) -> Checkpoint:
         model.refuse()
     if model.opened is not None and (factor := _factor_alone(model)) is not None:
         raise UnsupportedFeatureError(
-            f"{model.label}: {factor} belongs to an adapter, and a base model is expected here. `inspect` says what an "
-            "adapter holds"
+            f"{model.label}: {factor} belongs to an adapter, and a whole model is expected here. `inspect` says what "
+            "an adapter holds"
         )
     return model
 

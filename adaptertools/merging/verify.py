@@ -85,12 +85,13 @@ def verify_merge(
     The options are those of `plan_merge`. `dtype` and `untie` are read off the merge where they are not given.
 
     Memory: the adapters, and some blocks of rows for each core
-    Raises: AdapterToolsError where base or adapters are at fault; faults of the merge are in the result
+    Raises: AdapterToolsError where base or adapters are at fault, or `merged` is an adapter; faults of the merge are in
+            the result
     """
     start = open_checkpoint(base)
     made = located(merged)
     try:
-        result = Checkpoint.open(made)
+        result = open_checkpoint(made)
     except (FileError, SourceNotFoundError) as error:
         if not made.path.exists():
             raise SourceNotFoundError(f"{made.label}: there is no such merged model") from error
