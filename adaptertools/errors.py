@@ -165,6 +165,16 @@ class HubUnavailableError(HubError, ConnectionError):
     """The network or the server fails for now; the same call goes on from what is there."""
 
 
+def check_flags(**given: object) -> None:
+    """Make sure that these arguments are true or false, by their names: "no" would count as true.
+
+    Raises: OptionError
+    """
+    for name, value in given.items():
+        if not isinstance(value, bool):
+            raise OptionError(f"{name} is {value!r}, expected True or False")
+
+
 def count(number: int, noun: str, verbs: tuple[str, str] | None = None) -> str:
     """How many, for messages and notes: `1 module`, `24 modules`; with ("has", "have") `1 module has`."""
     few = number == 1

@@ -328,6 +328,16 @@ def test_an_option_with_a_wrong_value_is_named(
     assert f"{' '.join(option)}: expected" in ran.err
 
 
+@pytest.mark.parametrize("options", [(), ("--dry-run",)])
+def test_a_destination_in_an_adapters_folder_is_refused(
+    options: tuple[str, ...], base: Path, peft_folder: Path, run: Callable[..., Any]
+) -> None:
+    ran = run("merge", base, peft_folder, peft_folder / "merged", *options)
+    assert ran.code == 1
+    assert f"lies in {peft_folder}, an adapter that is merged: give a place outside it" in ran.err
+    assert not (peft_folder / "merged").exists()
+
+
 def test_a_destination_that_is_taken_is_found_before_adapters_are_read(
     base: Path, tmp_path: Path, run: Callable[..., Any]
 ) -> None:

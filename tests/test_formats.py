@@ -10,6 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from proof import assert_diff_proves, needed, proven
+from safetensors.torch import save_file
 from strategies import adapters
 
 import adaptertools
@@ -17,7 +18,7 @@ from adaptertools import formats
 from adaptertools.adapter import Adapter, Feature, LoraModule
 from adaptertools.api import WriteReport
 from adaptertools.containers.source import Source
-from adaptertools.errors import DestinationExistsError, OptionError, UnsupportedFeatureError
+from adaptertools.errors import DestinationExistsError, OptionError, UnknownFormatError, UnsupportedFeatureError
 
 WRITABLE = [name for name in formats.names() if formats.get(name).CONTAINERS]
 PAIRS = list(itertools.permutations(WRITABLE, 2))
@@ -205,6 +206,26 @@ def test_the_current_folder_is_never_swapped(name: str, tmp_path: Path, monkeypa
     monkeypatch.chdir(tmp_path / "here" / "below")
     with pytest.raises(DestinationExistsError, match="the current folder"):
         adaptertools.write(adapter, name, format="peft", overwrite=True)
+
+
+@pytest.mark.parametrize("format", ["peft", "loralib"])
+@pytest.mark.parametrize("target", ["gone", "link"], ids=["nothing", "itself"])
+@pytest.mark.parametrize("below", ["", "below"])
+def test_a_link_that_leads_nowhere_is_told(
+    format: str, target: str, below: str, peft_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "link").symlink_to(target)
+    with pytest.raises(DestinationExistsError, match=rf"is a link to {target}, which leads nowhere: remove the link"):
+        adaptertools.write(adaptertools.read(peft_folder), tmp_path / "link" / below, format=format, overwrite=True)
+    assert [entry.name for entry in tmp_path.iterdir() if entry.name != peft_folder.name] == ["link"]
+
+
+def test_a_whole_model_in_the_place_of_an_adapter_is_called_that(tmp_path: Path) -> None:
+    save_file({"model.norm.weight": torch.ones(4)}, tmp_path / "model.safetensors")
+    with pytest.raises(
+        UnknownFormatError, match=r"a whole model, it seems \(.*model\.norm\.weight\), and an adapter is"
+    ):
+        adaptertools.read(tmp_path)
 
 
 @pytest.mark.parametrize("command", ["rescale", "truncate", "convert", "stack"])

@@ -132,3 +132,11 @@ def test_any_text_is_an_address_or_refused(text: str) -> None:
             continue
         assert ".." not in address.inside.split("/")
         assert parse_address(str(address)) == address
+
+
+def test_a_path_in_a_folder_that_may_not_be_looked_into_is_a_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stat(path: Path, **options: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "stat", stat)
+    assert as_address("closed/model") is None

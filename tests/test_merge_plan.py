@@ -267,8 +267,8 @@ def test_a_lora_bias_is_added_to_the_bias_of_its_layer(tmp_path: Path) -> None:
     found = execute(plan_merge(base, [adapter(biased)], [2.0]))["model.layers.0.q_proj.bias"]
     wanted = LAYERS["model.layers.0.q_proj.bias"].double() + 3.0 * tensor(6, seed=9).double()
     assert torch.equal(found, wanted.bfloat16())
-    with pytest.raises(UnsupportedFeatureError, match=r"no bias for model\.layers\.1\.q_proj\.weight"):
-        plan_merge(base, [adapter(replace(Q1, lora_bias=tensor(6)))])
+    with pytest.raises(UnsupportedFeatureError, match=r"^adapter 2: .* no bias for model\.layers\.1\.q_proj\.weight"):
+        plan_merge(base, [adapter(Q0), adapter(replace(Q1, lora_bias=tensor(6)))])
 
 
 def test_whole_weights_replace_those_of_the_base_in_its_dtype(tmp_path: Path) -> None:
@@ -576,8 +576,16 @@ def test_the_plan_prints_what_it_does(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("weights", [[], [1.0, 2.0], [float("nan")], [float("inf")], [True], ["1"]], ids=repr)
 def test_weights_are_one_finite_number_for_each_adapter(weights: list[Any], tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="weights are"):
+    with pytest.raises(
+        OptionError, match=r"weights are .*, expected finite numbers|weights? for 1 adapter: expected one"
+    ):
         plan_merge(write_base(tmp_path, LAYERS), [adapter(Q0)], weights)
+
+
+@pytest.mark.parametrize("flag", ["untie", "allow_unmatched"])
+def test_what_is_neither_true_nor_false_is_an_error_of_ours(flag: str, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=f"{flag} is 'no', expected True or False"):
+        plan_merge(write_base(tmp_path, LAYERS), [adapter(Q0)], **{flag: "no"})
 
 
 def test_an_adapter_of_weight_0_changes_nothing(tmp_path: Path) -> None:
@@ -667,11 +675,21 @@ def test_a_base_may_hold_an_adapter_of_its_own(tmp_path: Path) -> None:
     """As Phi-4-multimodal does, of which the weights beside can be merged into."""
     own = {f"model.layers.0.q_proj.lora_{factor}.speech.weight": tensor(2, 2) for factor in "AB"}
     base = write_base(tmp_path, LAYERS | own)
-    assert plan_merge(base, [adapter(Q0)]).changed == ("model.layers.0.q_proj.weight",)
+    plan = plan_merge(base, [adapter(Q0)])
+    assert plan.changed == ("model.layers.0.q_proj.weight",)
+    assert any(note.startswith("the base holds an adapter of its own, which stays as it is") for note in plan.notes)
     with pytest.raises(
         UnsupportedFeatureError, match=r"lora_A\.speech\.weight belongs to an adapter that is a part of"
     ):
         adaptertools.estimate(base, ranks=2)
+
+
+@pytest.mark.parametrize("allow_unmatched", [False, True])
+def test_a_base_with_an_adapter_around_its_layers_is_told_to_take_it_off(allow_unmatched: bool, tmp_path: Path) -> None:
+    wrapped = {name.replace("q_proj.weight", "q_proj.base_layer.weight"): weight for name, weight in LAYERS.items()}
+    base = write_base(tmp_path, wrapped)
+    with pytest.raises(MatchError, match=r"has it as model\.layers\.0\.q_proj\.base_layer\.weight.* Take that off"):
+        plan_merge(base, [adapter(Q0)], allow_unmatched=allow_unmatched)
 
 
 def test_of_several_adapters_notes_say_whose_they_are(tmp_path: Path) -> None:

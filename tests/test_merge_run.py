@@ -470,8 +470,11 @@ def _threads_of_a_new_one() -> int:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"plan": "base"}, "found str and"),
-        ({"dst": None}, "found MergePlan and NoneType"),
+        ({"plan": "base"}, "plan is str, expected what plan_merge gives"),
+        ({"dst": None}, "found NoneType, expected a path"),
+        ({"dst": ""}, "an empty path is given"),
+        ({"overwrite": "no"}, "overwrite is 'no', expected True or False"),
+        ({"hash": 1}, "hash is 1, expected True or False"),
         ({"max_memory": "2GiB"}, "'2GiB', expected a number"),
         ({"max_memory": True}, "True, expected a number"),
         ({"workers": "2"}, "workers is '2', expected a number"),

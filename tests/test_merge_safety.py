@@ -449,12 +449,25 @@ def test_a_merge_that_may_not_be_replaced_is_told_before_anything_is_made(
     assert not staging_folder(dst).exists()
 
 
-def test_a_link_to_nothing_is_never_replaced(base: Path, dst: Path) -> None:
+@pytest.mark.parametrize("target", ["gone", "merged"], ids=["nothing", "itself"])
+@pytest.mark.parametrize("below", ["", "below"])
+def test_a_link_that_leads_nowhere_is_never_replaced(target: str, below: str, base: Path, dst: Path) -> None:
     dst.parent.mkdir()
-    dst.symlink_to("gone")
-    with pytest.raises(DestinationExistsError, match=r"is a link to gone, which is not there: remove the link"):
-        run_merge(make_plan(base), dst, device="cpu", overwrite=True)
-    assert dst.readlink() == Path("gone")
+    dst.symlink_to(target)
+    with pytest.raises(DestinationExistsError, match=rf"is a link to {target}, which leads nowhere: remove the link"):
+        run_merge(make_plan(base), dst / below, device="cpu", overwrite=True)
+    assert dst.readlink() == Path(target)
+
+
+def test_no_merge_is_put_into_the_folder_of_an_adapter(base: Path, tmp_path: Path) -> None:
+    lora = tmp_path / "lora"
+    lora.mkdir()
+    plan = replace(make_plan(base), folders=(lora,))
+    with pytest.raises(
+        DestinationExistsError, match=r"lies in .*lora, an adapter that is merged: give a place outside"
+    ):
+        run_merge(plan, lora / "deep" / "merged", device="cpu")
+    assert not any(lora.iterdir())
 
 
 def test_an_empty_folder_is_filled(
@@ -471,7 +484,7 @@ def test_a_link_to_a_folder_is_followed(base: Path, dst: Path, undisturbed: dict
     (tmp_path / "real").mkdir()
     dst.parent.mkdir()
     dst.symlink_to(tmp_path / "real")
-    run_merge(make_plan(base), dst, device="cpu")
+    assert run_merge(make_plan(base), dst, device="cpu").path == dst
     assert dst.is_symlink()
     assert contents(tmp_path / "real") == undisturbed
 

@@ -354,6 +354,11 @@ def test_a_shard_that_is_gone_or_cut_off_is_found(llama: Path, copy: Path) -> No
         verified(llama, copy / "nowhere")
 
 
+def test_a_merge_without_its_index_is_no_right_one(llama: Path, copy: Path) -> None:
+    (copy / "model.safetensors.index.json").unlink()
+    assert any("is missing: download it too" in problem for problem in verified(llama, copy).problems)
+
+
 def test_an_adapter_in_the_place_of_the_merge_is_called_that(llama: Path) -> None:
     with pytest.raises(UnsupportedFeatureError, match=r"belongs to an adapter, and a whole model is expected here"):
         verified(llama, llama / "one")

@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from adaptertools.errors import AdapterToolsError, DestinationError
+from adaptertools.errors import AdapterToolsError, DestinationError, DestinationExistsError
 
 _FLUSHERS = 16
 _STAGING_MARK = ".adaptertools-"
@@ -101,6 +101,18 @@ def staged(dst: Path) -> Iterator[Path]:
         for parent in missing:
             with suppress(OSError):
                 parent.rmdir()  # where nothing was published, nothing is left
+
+
+def check_links(dst: Path) -> None:
+    """Make sure that neither `dst` nor a folder above it is a link that leads nowhere, or back to itself.
+
+    Raises: DestinationExistsError
+    """
+    for place in (dst, *dst.parents):
+        if place.is_symlink() and not place.exists():
+            raise DestinationExistsError(
+                f"{place} is a link to {place.readlink()}, which leads nowhere: remove the link, or give another name"
+            )
 
 
 def check_writable(dst: Path) -> None:

@@ -28,6 +28,7 @@ from typing import Protocol, cast
 
 from adaptertools.adapter import Adapter, Feature
 from adaptertools.containers.artifact import Artifact
+from adaptertools.containers.checkpoint import WEIGHTS
 from adaptertools.containers.source import Source
 from adaptertools.errors import (
     AmbiguousFormatError,
@@ -74,6 +75,10 @@ def detect(source: Source) -> str:
     Raises: UnknownFormatError, AmbiguousFormatError; what the only tensor file raises where that cannot be read
     """
     found = [name for name in names() if get(name).detect(source)]
+    if not found and source.is_folder and any(map(source.has, WEIGHTS)):
+        raise UnknownFormatError(
+            f"{source.label}: a whole model, it seems ({_contents(source)}), and an adapter is expected here"
+        )
     if not found:
         raise UnknownFormatError(
             f"{source.label}: no adapter of a known format ({_contents(source)}). Known are {', '.join(names())}; "

@@ -81,7 +81,9 @@ def parse_address(text: str) -> Address:
 def _exists(text: str) -> bool:
     try:
         return Path(text).exists()
-    except OSError:  # a name too long, or a folder that may not be looked into
+    except PermissionError:  # in a folder that may not be looked into
+        return True
+    except OSError:  # a name too long
         return False
 
 

@@ -115,7 +115,7 @@ class Way:
             outgoing = self._outgoing(trial=True)
             outgoing.check(overwrite)
             return not outgoing.commit.created
-        check_apart(plan.base, self.dst)
+        check_apart(plan.base, self.dst, plan.folders)
         check_free(self.dst, overwrite)
         return self.dst.exists()
 

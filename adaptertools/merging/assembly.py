@@ -1,6 +1,7 @@
 """All that a list of adapters does to a base model, gathered into one draft of edits."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -191,19 +192,25 @@ class Assembly:
                     f"{member.name}: {module.target} changes {name}, which is the same tensor as {twin} in "
                     f"{self.base.label}: the change was trained on one of the two and would change both"
                 )
-            if name is not None:
-                found = changes(module, source, name, self.draft.shape(name), orientation)
-            else:
-                split = None if module.target.opaque else experts.changes(module, source)
-                if split is None:
-                    self._unmatched(f"{member.name}: {module.target}", module.target.parameter)
-                    self.left_out.append(f"{module.target}")
-                    continue
-                found = split
-            for change in found:
-                self.draft.add(change)
-            if module.lora_bias is not None and name is not None:
-                self._add_bias(module, source, name)
+            with _naming(member):
+                self._add_module(module, source, name, orientation, experts)
+
+    def _add_module(
+        self, module: LoraModule, source: Source, name: str | None, orientation: Orientation, experts: Experts
+    ) -> None:
+        if name is not None:
+            found = changes(module, source, name, self.draft.shape(name), orientation)
+        else:
+            split = None if module.target.opaque else experts.changes(module, source)
+            if split is None:
+                self._unmatched(f"{module.target}", module.target.parameter)
+                self.left_out.append(f"{module.target}")
+                return
+            found = split
+        for change in found:
+            self.draft.add(change)
+        if module.lora_bias is not None and name is not None:
+            self._add_bias(module, source, name)
 
     def _add_bias(self, module: LoraModule, source: Source, name: str) -> None:
         bias = f"{name.removesuffix('weight')}bias" if name.endswith(".weight") else ""
@@ -216,6 +223,11 @@ class Assembly:
 
     def _unmatched(self, label: str, parameter: str) -> None:
         """Raises: MatchError, unless the caller allows that it is left out"""
+        if wrapped := self._names.find(f"{parameter}.base_layer"):
+            raise MatchError(
+                f"{label}: {self.base.label} has it as {wrapped}, as a model is saved that has an adapter around it. "
+                "Take that off (PEFT's unload or merge_and_unload), save the model, and merge into that"
+            )
         if not self.settings.allow_unmatched:
             raise MatchError(
                 f"{label}: {self.base.label} has no such tensor; {self._names.nearest(parameter)}. Is it the right "
@@ -250,6 +262,15 @@ class Assembly:
         if new != old:
             self.vocabulary = (old, new)
             self.notes.append(f"the vocabulary changes from {old} to {new} tokens, and vocab_size with it")
+
+
+@contextmanager
+def _naming(member: Member) -> Iterator[None]:
+    """Errors within say which adapter they are about."""
+    try:
+        yield
+    except (MatchError, ShapeError, UnsupportedFeatureError) as error:
+        raise type(error)(f"{member.name}: {error}") from error
 
 
 def _check_finite(targets: Sequence[tuple[Member, LoraModule, str | None]]) -> None:

@@ -1,8 +1,10 @@
 """Where a merged model may be put: never into its base, and never over anything but an earlier merge."""
 
 import glob
+from collections.abc import Iterable
 from pathlib import Path
 
+from adaptertools.containers.atomic import check_links
 from adaptertools.containers.checkpoint import Checkpoint
 from adaptertools.containers.jsonfile import read_json
 from adaptertools.errors import DestinationExistsError, FileError
@@ -12,16 +14,20 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".index.json
 """Files that would be taken for a part of the model if they stood beside it."""
 
 
-def check_apart(base: Checkpoint, dst: Path) -> None:
-    """Make sure that writing `dst` cannot touch the base model.
+def check_apart(base: Checkpoint, dst: Path, adapters: Iterable[Path] = ()) -> None:
+    """Make sure that writing `dst` cannot touch the base model, nor put it into one of the adapters' folders.
 
     Raises: DestinationExistsError
     """
+    check_links(dst)
     place, folder = dst.resolve(), base.folder.resolve()
     if not place.name:
         raise DestinationExistsError(f"{dst} is the root of the file system: give the name of a folder")
     if place == folder or folder in place.parents:
         raise DestinationExistsError(f"{dst} lies in the base model {base.label}, which is never written to")
+    for adapter in adapters:
+        if adapter.is_dir() and adapter.resolve() in place.parents:
+            raise DestinationExistsError(f"{dst} lies in {adapter}, an adapter that is merged: give a place outside it")
     if place in folder.parents:
         raise DestinationExistsError(f"{dst} holds the base model {base.label}: give another name")
     if place in (here := Path.cwd(), *here.parents):
@@ -33,12 +39,8 @@ def check_free(dst: Path, overwrite: bool) -> None:
 
     Raises: DestinationExistsError
     """
-    if not (dst.exists() or dst.is_symlink()) or (dst.is_dir() and not any(dst.iterdir())):
+    if not dst.exists() or (dst.is_dir() and not any(dst.iterdir())):
         return
-    if not dst.exists():
-        raise DestinationExistsError(
-            f"{dst} is a link to {dst.readlink()}, which is not there: remove the link, or give another name"
-        )
     if not dst.is_dir():
         raise DestinationExistsError(f"{dst} is a file, and a merged model is a folder: give another name")
     if not (dst / NAME).is_file():

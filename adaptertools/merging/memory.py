@@ -74,7 +74,9 @@ class Merged:
         self._target = target
         self._tensors = self._in_target()
         if not self._tensors:
-            raise OptionError("there is no tensor to merge into, expected a module or its state dict")
+            held = {type(value).__name__ for value in target.values()} if isinstance(target, Mapping) else set()
+            found = f"; its values are {', '.join(sorted(held))}" if held else ""
+            raise OptionError(f"there is no tensor to merge into, expected a module or its state dict{found}")
         self._base = _in_memory(self._tensors, config)
         self._originals = _Originals(keep)
         self._changed: set[str] = set()

@@ -11,10 +11,10 @@ import torch
 
 from adaptertools.adapter import Adapter, merge_notes
 from adaptertools.containers.checkpoint import CONFIG, Checkpoint
-from adaptertools.containers.pipeline import open_checkpoint
+from adaptertools.containers.pipeline import FACTOR, open_checkpoint
 from adaptertools.containers.source import Located
 from adaptertools.dialects.peft.base import BaseModel
-from adaptertools.errors import MatchError, OptionError, count
+from adaptertools.errors import MatchError, OptionError, check_flags, count
 from adaptertools.merging import outputs
 from adaptertools.merging.assembly import Assembly, Settings
 from adaptertools.merging.edits import Edit
@@ -35,8 +35,8 @@ class MergePlan:
 
     `config` is what changes in the base's configuration: whole values by their keys at its top. `copied` are the small
     files that travel along, by their paths in the base's folder. `sources` are what messages call the adapters,
-    `recorded` what the record calls them. `left_out` are the modules that match nothing, which the caller allowed.
-    `notes` are worth saying. Printed, it is a summary.
+    `recorded` what the record calls them, `folders` where they stand. `left_out` are the modules that match nothing,
+    which the caller allowed. `notes` are worth saying. Printed, it is a summary.
     """
 
     base: Checkpoint
@@ -49,6 +49,7 @@ class MergePlan:
     copied: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    folders: tuple[Path, ...] = ()
 
     @property
     def tensors(self) -> tuple[str, ...]:
@@ -165,6 +166,7 @@ def plan_merge(
     dtype = parse_dtype(dtype) if isinstance(dtype, str) else dtype
     if dtype is not None and dtype not in DTYPES.values():
         raise OptionError(f"dtype is {dtype}, expected one of {', '.join(DTYPES)}")
+    check_flags(allow_unmatched=allow_unmatched, untie=untie)
     opened = open_checkpoint(base)
     members = _members(adapters, weights, sources)
     check_base(opened)
@@ -185,6 +187,8 @@ def plan_merge(
     copied, left = outputs.copied(opened)
     notes = [f"{member.name} has weight 0 and changes nothing" for member in members if not member.weight]
     notes += _strangers(members, opened)
+    if factors := [name for name in opened.shapes if FACTOR.search(name)]:
+        notes.append(f"the base holds an adapter of its own, which stays as it is: {_few(factors)}")
     notes += [f"left in the base's folder: {_few(left)}"] if left else []
     if assembly.labels is not None:
         told = ", as its config.json now says" if "id2label" in config else ""
@@ -206,6 +210,7 @@ def plan_merge(
         config=config,
         copied=copied,
         left_out=tuple(assembly.left_out),
+        folders=tuple(origin.path for member in members if (origin := member.adapter.origin) and origin.path),
         notes=merge_notes(assembly.notes, notes, *(_notes(member, opened, len(members)) for member in members)),
     )
 
@@ -254,8 +259,10 @@ def _members(
     if not isinstance(weights, Iterable | None) or isinstance(weights, str | Mapping | Set):
         raise OptionError(f"weights is {weights!r}, expected a list with a number for each adapter")
     given = [1.0] * len(adapters) if weights is None else list(weights)
-    if len(given) != len(adapters) or not all(map(_is_finite, given)):
-        raise OptionError(f"weights are {given}, expected a finite number for each of {len(adapters)} adapters")
+    if len(given) != len(adapters):
+        raise OptionError(f"{count(len(given), 'weight')} for {count(len(adapters), 'adapter')}: expected one for each")
+    if not all(map(_is_finite, given)):
+        raise OptionError(f"weights are {given}, expected finite numbers")
     labels = [adapter.origin.label if adapter.origin else f"adapter {i}" for i, adapter in enumerate(adapters, 1)]
     named = labels if sources is None else list(sources)
     if len(named) != len(adapters):

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from adaptertools.containers.checkpoint import Checkpoint
+from adaptertools.containers.source import as_path
 from adaptertools.errors import (
     AdapterToolsError,
     DamagedFileError,
@@ -24,6 +25,7 @@ from adaptertools.errors import (
     OptionError,
     SourceNotFoundError,
     StoppedMergeError,
+    check_flags,
 )
 from adaptertools.linalg import parse_device
 from adaptertools.merging.destination_folder import check_apart
@@ -69,14 +71,14 @@ def run_merge(
     Memory: max_memory at most, beside the adapters
     Raises: DestinationExistsError, DestinationError, StoppedMergeError, OptionError, NonFiniteError, HubError
     """
-    if not isinstance(plan, MergePlan) or not isinstance(dst, str | Path):
-        found = f"{type(plan).__name__} and {type(dst).__name__}"
-        raise OptionError(f"run_merge takes what plan_merge gives, and a path to write to; found {found}")
+    if not isinstance(plan, MergePlan):
+        raise OptionError(f"plan is {type(plan).__name__}, expected what plan_merge gives")
+    check_flags(overwrite=overwrite, hash=hash, flush=flush)
     route = route or Route()
     target = parse_device(device, has_float64=False)
-    dst = Path(dst)
+    dst = as_path(dst)
     plan = _reopened(plan)
-    check_apart(plan.base, dst)
+    check_apart(plan.base, dst, plan.folders)
     layouts = [lay_out(plan, shard) for shard in plan.shards]
     crew = hire(plan, target, max_memory, workers)
     inputs = know_inputs(plan, target, stamped=route.stamps(plan), known=route.hashes(), hash=hash)
@@ -86,7 +88,7 @@ def run_merge(
         if route.published(staging, inputs.recipe):
             report = _report(plan, staging, layouts, inputs, len(layouts))
             staging.remove()
-            return report
+            return replace(report, path=dst)
         route.check(dst, overwrite)
         staging.begin(inputs.recipe)
         try:
@@ -104,7 +106,7 @@ def run_merge(
         except AdapterToolsError:
             staging.remove()  # the same call would fail again
             raise
-    return report
+    return replace(report, path=dst)
 
 
 def _reopened(plan: MergePlan) -> MergePlan:

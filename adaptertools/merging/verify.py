@@ -13,7 +13,7 @@ from adaptertools.adapter import Adapter
 from adaptertools.containers.checkpoint import Checkpoint
 from adaptertools.containers.pipeline import open_checkpoint
 from adaptertools.containers.source import Located, located
-from adaptertools.errors import FileError, SourceNotFoundError, count
+from adaptertools.errors import AmbiguousFormatError, FileError, SourceNotFoundError, count
 from adaptertools.linalg import parse_device
 from adaptertools.merging import record
 from adaptertools.merging.coefficients import Coefficient, fit, misapplied
@@ -92,7 +92,7 @@ def verify_merge(
     made = located(merged)
     try:
         result = open_checkpoint(made)
-    except (FileError, SourceNotFoundError) as error:
+    except (AmbiguousFormatError, FileError, SourceNotFoundError) as error:
         if not made.path.exists():
             raise SourceNotFoundError(f"{made.label}: there is no such merged model") from error
         return Verification(merged=made.label, problems=(str(error),))

@@ -52,7 +52,8 @@ def true_shapes(checkpoint: Checkpoint) -> Iterator[tuple[str, tuple[int, ...]]]
 def _check_kind(checkpoint: Checkpoint) -> None:
     for name in filter(FACTOR.search, checkpoint.shapes):
         raise UnsupportedFeatureError(
-            f"{checkpoint.label}: {name} belongs to an adapter that is a part of the model; expected a model without"
+            f"{checkpoint.label}: {name} belongs to an adapter that is a part of the model; expected a model without. "
+            "PEFT's unload or merge_and_unload takes it off"
         )
 
 
