@@ -9,7 +9,14 @@ from adaptertools import containers, formats
 from adaptertools.adapter import Origin
 from adaptertools.containers import sidecar
 from adaptertools.containers.artifact import Artifact
-from adaptertools.containers.atomic import check_links, publish_files, publish_folder, staged, write_text
+from adaptertools.containers.atomic import (
+    check_elsewhere,
+    check_links,
+    publish_files,
+    publish_folder,
+    staged,
+    write_text,
+)
 from adaptertools.containers.history import IN_HEADER, header_strings
 from adaptertools.containers.jsonfile import format_json
 from adaptertools.containers.source import Source
@@ -26,8 +33,7 @@ def check_destination(dst: Path, module: Format, overwrite: bool) -> None:
     Raises: DestinationExistsError
     """
     check_links(dst)
-    if dst.resolve() in (here := Path.cwd(), *here.parents):
-        raise DestinationExistsError(f"{dst} is, or holds, the current folder and would be swapped: give another name")
+    check_elsewhere(dst)
     if not dst.exists() or (module.FOLDER and dst.is_dir() and not any(dst.iterdir())):
         return
     if dst.is_dir() != module.FOLDER:

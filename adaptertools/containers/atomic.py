@@ -115,6 +115,15 @@ def check_links(dst: Path) -> None:
             )
 
 
+def check_elsewhere(dst: Path) -> None:
+    """Make sure that the current folder is neither `dst` nor below it.
+
+    Raises: DestinationExistsError
+    """
+    if dst.resolve() in (here := Path.cwd(), *here.parents):
+        raise DestinationExistsError(f"{dst} is, or holds, the current folder and would be swapped: give another name")
+
+
 def check_writable(dst: Path) -> None:
     """Make sure that what stands at `dst` may be changed, if it is a folder: found late, it would be in the way.
 

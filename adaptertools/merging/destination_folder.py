@@ -4,7 +4,7 @@ import glob
 from collections.abc import Iterable
 from pathlib import Path
 
-from adaptertools.containers.atomic import check_links
+from adaptertools.containers.atomic import check_elsewhere, check_links
 from adaptertools.containers.checkpoint import Checkpoint
 from adaptertools.containers.jsonfile import read_json
 from adaptertools.errors import DestinationExistsError, FileError
@@ -30,8 +30,7 @@ def check_apart(base: Checkpoint, dst: Path, adapters: Iterable[Path] = ()) -> N
             raise DestinationExistsError(f"{dst} lies in {adapter}, an adapter that is merged: give a place outside it")
     if place in folder.parents:
         raise DestinationExistsError(f"{dst} holds the base model {base.label}: give another name")
-    if place in (here := Path.cwd(), *here.parents):
-        raise DestinationExistsError(f"{dst} is, or holds, the current folder and would be swapped: give another name")
+    check_elsewhere(dst)
 
 
 def check_free(dst: Path, overwrite: bool) -> None:
