@@ -36,6 +36,8 @@ AdapterToolsError
 A message says where (file, key), what was found, what was expected, and what to do.
 """
 
+from collections.abc import Iterable
+
 
 class AdapterToolsError(Exception):
     """Base of every error that adaptertools raises on purpose."""
@@ -177,6 +179,12 @@ def check_flags(**given: object) -> None:
 
 def count(number: int, noun: str, verbs: tuple[str, str] | None = None) -> str:
     """How many, for messages and notes: `1 module`, `24 modules`; with ("has", "have") `1 module has`."""
-    few = number == 1
-    said = f"{number:,} {noun}{'' if few else 's'}"
-    return said if verbs is None else f"{said} {verbs[0] if few else verbs[1]}"
+    is_one = number == 1
+    said = f"{number:,} {noun}{'' if is_one else 's'}"
+    return said if verbs is None else f"{said} {verbs[0] if is_one else verbs[1]}"
+
+
+def few(names: Iterable[str], most: int = 3) -> str:
+    """The first of them, and how many more there are, for messages and notes."""
+    listed = list(names)
+    return ", ".join(listed[:most]) + (f" and {len(listed) - most} more" if len(listed) > most else "")

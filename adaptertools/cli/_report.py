@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from adaptertools.errors import count as count
+from adaptertools.errors import few as few
 
 if TYPE_CHECKING:
     from adaptertools.adapter import Adapter
@@ -17,12 +18,6 @@ _WIDTH = 12
 def field(label: str, value: object) -> str:
     """One line of a report: the label in a column of its own."""
     return f"  {label:<{_WIDTH}} {value}"
-
-
-def few(items: Sequence[str], most: int = 4) -> str:
-    """The first items, and how many more there are."""
-    shown = ", ".join(items[:most])
-    return shown if len(items) <= most else f"{shown} and {len(items) - most} more"
 
 
 def size(nbytes: int) -> str:
@@ -79,12 +74,12 @@ def writing_lines(report: "WriteReport", unchanged: str = "bit for bit") -> list
     if report.commit:
         lines.append(field("commit", report.commit))
     if report.left_out:
-        lines.append(field("left out", f"{len(report.left_out)}: {few(report.left_out)}"))
+        lines.append(field("left out", f"{len(report.left_out)}: {few(report.left_out, 4)}"))
     by_kind: dict[str, list[str]] = {}
     for item in report.dropped:
         kind, _, name = item.partition(": ")
         by_kind.setdefault(kind, []).append(name)
-    lines += [field("dropped", f"{kind} of {len(names)}: {few(names)}") for kind, names in by_kind.items()]
+    lines += [field("dropped", f"{kind} of {len(names)}: {few(names, 4)}") for kind, names in by_kind.items()]
     return lines + [field("note", note) for note in report.notes]
 
 

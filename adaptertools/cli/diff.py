@@ -65,7 +65,7 @@ def _text(a: str, b: str, found: "Difference", modules: bool) -> str:
         alone = [row for row in found.modules if row.only_in == side]
         if alone:
             zero = sum(row.distance == 0 for row in alone)
-            names = few([str(row.target) for row in alone])
+            names = few([str(row.target) for row in alone], 4)
             lines.append(field(f"only in {side}", f"{count(len(alone), 'module')}{_zeros(zero)}: {names}"))
     if found.modules and all(row.only_in for row in found.modules) and len({row.only_in for row in found.modules}) == 2:
         lines.append(field("note", "no name stands in both: flat ones (kohya, GGUF) become module paths with --base"))
@@ -93,7 +93,7 @@ def _dora_lines(found: "Difference") -> Iterator[str]:
     if found.dora_on_base:
         yield f"{count(len(found.dora_on_base), 'module')} compared by what they add to the base model"
     if found.dora_in_parts:
-        names = few(list(found.dora_in_parts))
+        names = few(list(found.dora_in_parts), 4)
         how = "by direction and magnitude alone, without the base weight"
         them = "it adds" if len(found.dora_in_parts) == 1 else "they add"
         why = f"--base BASE, weights and all, compares what {them}: {names}"

@@ -235,7 +235,7 @@ def _source_lines(plan: "MergePlan") -> list[str]:
 def _remark_lines(left_out: Sequence[str], notes: Sequence[str]) -> list[str]:
     from adaptertools.cli._report import few, field
 
-    lines = [field("left out", f"{len(left_out)}: {few(left_out)}")] if left_out else []
+    lines = [field("left out", f"{len(left_out)}: {few(left_out, 4)}")] if left_out else []
     return lines + [field("note", note) for note in notes]
 
 

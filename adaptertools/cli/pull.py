@@ -58,13 +58,13 @@ def _text(report: "PullReport") -> str:
     lines = [
         f"Pulled {report.address} ({kind}) to {report.path}",
         field("commit", report.sha),
-        field("files", f"{size(report.nbytes)} in {count(len(report.files), 'file')}: {few(list(report.files))}"),
+        field("files", f"{size(report.nbytes)} in {count(len(report.files), 'file')}: {few(list(report.files), 4)}"),
         field("fetched", _fetched(report)),
     ]
     if report.linked:
-        lines.append(field("linked", f"to the cache, and so read-only: {few(report.linked)}; --copy makes copies"))
+        lines.append(field("linked", f"to the cache, and so read-only: {few(report.linked, 4)}; --copy makes copies"))
     if report.left_out:
-        lines.append(field("left there", f"{len(report.left_out)}: {few(report.left_out)}"))
+        lines.append(field("left there", f"{len(report.left_out)}: {few(report.left_out, 4)}"))
     return "\n".join([*lines, *(field("note", note) for note in report.notes)])
 
 

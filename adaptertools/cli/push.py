@@ -78,13 +78,13 @@ def _text(src: str, report: "PushReport") -> str:
         lines.append(field("would send" if report.dry_run else "sent", sent))
         lines += [f"    {size(nbytes):>9}  {path}" for path, nbytes in report.sent]
     if report.unchanged:
-        lines.append(field("unchanged", few(report.unchanged)))
+        lines.append(field("unchanged", few(report.unchanged, 4)))
     if report.removed:
-        lines.append(field("removed", few(report.removed)))
+        lines.append(field("removed", few(report.removed, 4)))
     by_reason: dict[str, list[str]] = {}
     for name, reason in report.left_out:
         by_reason.setdefault(reason, []).append(name)
-    lines += [field("left out", f"{few(names)} ({reason})") for reason, names in by_reason.items()]
+    lines += [field("left out", f"{few(names, 4)} ({reason})") for reason, names in by_reason.items()]
     return "\n".join([*lines, *(field("note", note) for note in report.notes)])
 
 

@@ -22,7 +22,7 @@ may be its config.json alone, without one shape: who cannot do without names and
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from functools import cache
 from typing import Protocol, cast
 
@@ -35,6 +35,7 @@ from adaptertools.errors import (
     OptionError,
     UnknownFormatError,
     UnsupportedFeatureError,
+    few,
 )
 
 
@@ -97,7 +98,7 @@ def check_features(adapter: Adapter, name: str) -> None:
     _check_opaque(adapter, name)
     missing = sorted(adapter.features - get(name).CARRIES)
     if missing:
-        lines = [f"{feature} ({_few(adapter.holders(feature))})" for feature in missing]
+        lines = [f"{feature} ({few(adapter.holders(feature))})" for feature in missing]
         drop = " ".join(f"--drop {feature}" for feature in missing)
         raise UnsupportedFeatureError(f"{name} cannot carry {'; '.join(lines)}. To give that up: {drop}")
 
@@ -109,7 +110,7 @@ def _check_opaque(adapter: Adapter, name: str) -> None:
     for home in sorted(homes - {name}):
         if opaque and getattr(get(home), "OPAQUE_IS_OWN", False):
             raise UnsupportedFeatureError(
-                f"{_few(opaque)}: {home}'s own names, which could not be turned back, for weights whose rows {home} "
+                f"{few(opaque)}: {home}'s own names, which could not be turned back, for weights whose rows {home} "
                 f"may have in another order; {name} would have them wrong. {adapter.naming_advice}"
             )
 
@@ -118,10 +119,5 @@ def _contents(source: Source) -> str:
     """What stands at a place that no format recognises, so that the user sees why."""
     files = source.tensor_names
     if len(files) == 1:
-        return f"its tensors are named like {_few(sorted(source.tensors(files[0]).tensors), 2)}"
-    return f"tensor files: {_few(files)}" if files else "no tensor file"
-
-
-def _few(items: Collection[str], most: int = 3) -> str:
-    shown = ", ".join(list(items)[:most])
-    return shown if len(items) <= most else f"{shown} and {len(items) - most} more"
+        return f"its tensors are named like {few(sorted(source.tensors(files[0]).tensors), 2)}"
+    return f"tensor files: {few(files)}" if files else "no tensor file"

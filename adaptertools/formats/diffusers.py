@@ -46,12 +46,12 @@ from adaptertools.containers.tensorfile import TensorFile
 from adaptertools.dialects.diffusers import files, flux, metadata
 from adaptertools.dialects.diffusers.keys import COMPONENT, DIFFUSION_MODEL, Contents, sort_keys
 from adaptertools.dialects.diffusers.paths import unflattened
-from adaptertools.dialects.diffusers.write import Scale, component_tensors, few
+from adaptertools.dialects.diffusers.write import Scale, component_tensors
 from adaptertools.dialects.peft.base import BaseModel, Checkpoint
 from adaptertools.dialects.peft.config import PeftConfig
 from adaptertools.dialects.peft.modules import Reading, read_module, settle_dora
 from adaptertools.encoding import Encoder
-from adaptertools.errors import OptionError, UnknownFormatError, UnsupportedFeatureError, count
+from adaptertools.errors import OptionError, UnknownFormatError, UnsupportedFeatureError, count, few
 from adaptertools.names import join, parent
 from adaptertools.tensors import Deferred, natural_order
 

@@ -1,14 +1,14 @@
 """Which files of a repository an adapter or a model needs: one format, one kind of weights, and nothing of training."""
 
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import PurePosixPath
 
 from adaptertools import formats
 from adaptertools.containers import sidecar
-from adaptertools.errors import AmbiguousFormatError, HubNotFoundError, UnknownFormatError, UnsafeFileError
+from adaptertools.errors import AmbiguousFormatError, HubNotFoundError, UnknownFormatError, UnsafeFileError, few
 from adaptertools.hub.revision import Revision
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pth.lora")
@@ -152,7 +152,7 @@ def _below(revision: Revision, folder: str) -> Choice | None:
     if len(found) > 1:
         example = join(folder, found[0])
         raise AmbiguousFormatError(
-            f"{revision.label} holds the adapters {few(found)}. Name one: "
+            f"{revision.label} holds the adapters {few(found, 4)}. Name one: "
             f"hf://{revision.repo_id}@{revision.address.revision or 'main'}/{example}"
         )
     return _in_folder(revision, join(folder, found[0])) if found else None
@@ -173,7 +173,7 @@ def _single(revision: Revision, folder: str) -> Choice | None:
     found = [*(join(folder, name) for name in files), *(parent(name) for name in trees)]
     if len(found) > 1:
         raise AmbiguousFormatError(
-            f"{revision.label}: {few(found)} may each be the adapter. Name one: "
+            f"{revision.label}: {few(found, 4)} may each be the adapter. Name one: "
             f"hf://{revision.repo_id}@{revision.address.revision or 'main'}/{found[0]}"
         )
     if not found:
@@ -228,10 +228,4 @@ def join(folder: str, name: str) -> str:
 
 def _contents(revision: Revision) -> str:
     names = revision.below(revision.address.inside)
-    return f"its files are {few(sorted(names))}" if names else "it is empty"
-
-
-def few(items: Sequence[str], most: int = 4) -> str:
-    """The first items, and how many more there are."""
-    shown = ", ".join(items[:most])
-    return shown if len(items) <= most else f"{shown} and {len(items) - most} more"
+    return f"its files are {few(sorted(names), 4)}" if names else "it is empty"

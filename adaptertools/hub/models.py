@@ -7,8 +7,8 @@ from pathlib import PurePosixPath
 
 from adaptertools.containers.checkpoint import WEIGHTS
 from adaptertools.containers.jsonfile import read_json
-from adaptertools.errors import DamagedFileError, HubNotFoundError, UnknownFormatError, UnsafeFileError
-from adaptertools.hub.choice import PICKLES, Choice, directly, few, join, parent, pickle_refusal
+from adaptertools.errors import DamagedFileError, HubNotFoundError, UnknownFormatError, UnsafeFileError, few
+from adaptertools.hub.choice import PICKLES, Choice, directly, join, parent, pickle_refusal
 from adaptertools.hub.revision import Revision
 from adaptertools.hub.transfer import download
 
@@ -41,7 +41,8 @@ def choose_model_files(revision: Revision, *, allow_pickle: bool = False) -> Cho
     weights = PurePosixPath(at).name if at in revision.files else model_weights(names)
     if weights is None:
         raise UnknownFormatError(
-            f"{revision.label}: no weights of a model in it; expected one of {', '.join(WEIGHTS)}, found {few(names)}"
+            f"{revision.label}: no weights of a model in it; expected one of {', '.join(WEIGHTS)}, "
+            f"found {few(names, 4)}"
         )
     if weights.removesuffix(_INDEX).endswith(PICKLES) and not allow_pickle:
         raise UnsafeFileError(pickle_refusal(revision, weights, "model"))

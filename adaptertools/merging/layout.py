@@ -2,13 +2,14 @@
 
 import filecmp
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 
 from adaptertools.containers.checkpoint import CONFIG, Checkpoint
 from adaptertools.containers.jsonfile import read_json
+from adaptertools.errors import few
 from adaptertools.merging.plan import MergePlan
 from adaptertools.tensors import dtype_name
 
@@ -41,9 +42,9 @@ def problems_of_names(
     missing = [name for name in expected if name not in merged.shapes and name not in dropped]
     extra = [name for name in merged.shapes if name not in set(expected)]
     if missing:
-        problems.append(f"missing: {few(missing)}")
+        problems.append(f"missing: {few(missing, _MOST)}")
     if extra:
-        problems.append(f"not of this model: {few(extra)}")
+        problems.append(f"not of this model: {few(extra, _MOST)}")
     comparable = []
     for name in expected:
         if name not in merged.shapes:
@@ -65,7 +66,7 @@ def problems_of_files(plan: MergePlan, merged: Checkpoint, ours: bool) -> list[s
     used = {path.name for path in merged.files}
     stray = sorted(path.name for path in folder.glob("*.safetensors") if path.name not in used)
     if stray:
-        problems.append(f"weights that are no part of the model: {few(stray)}")
+        problems.append(f"weights that are no part of the model: {few(stray, _MOST)}")
     problems += _config_problems(plan.config if not ours else {**plan.base.config, **plan.config}, merged, ours)
     if ours:
         problems += _copy_problems(plan, merged)
@@ -110,9 +111,3 @@ def _copy_problems(plan: MergePlan, merged: Checkpoint) -> list[str]:
 
 def _described(shape: tuple[int, ...], dtype: torch.dtype) -> str:
     return f"{tuple(shape)} in {dtype_name(dtype)}"
-
-
-def few(names: Sequence[str]) -> str:
-    """The first of them, and how many more there are."""
-    shown = ", ".join(names[:_MOST])
-    return shown if len(names) <= _MOST else f"{shown} and {len(names) - _MOST} more"

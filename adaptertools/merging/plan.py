@@ -14,7 +14,7 @@ from adaptertools.containers.checkpoint import CONFIG, Checkpoint
 from adaptertools.containers.pipeline import FACTOR, open_checkpoint
 from adaptertools.containers.source import Located
 from adaptertools.dialects.peft.base import BaseModel
-from adaptertools.errors import MatchError, OptionError, check_flags, count
+from adaptertools.errors import MatchError, OptionError, check_flags, count, few
 from adaptertools.merging import outputs
 from adaptertools.merging.assembly import Assembly, Settings
 from adaptertools.merging.edits import Edit
@@ -119,14 +119,14 @@ class MergePlan:
             f"base      {self.base.label}: {held}",
             *(f"adapter   {name}, weight {weight:g}" for name, weight in zip(self.sources, self.weights, strict=True)),
             f"changed   {len(self.changed)} of {len(self.tensors)} tensors",
-            f"replaced  {_few(replaced)}" if replaced else "",
+            f"replaced  {few(replaced)}" if replaced else "",
             f"cast      {count(len(cast), 'tensor')} to {dtype_name(self.edits[cast[0]].dtype)}" if cast else "",
             f"read      {self.bytes_read:,} bytes",
             f"written   {self.bytes_written:,} bytes in {count(len(self.shards), 'file')}",
             f"copied    {count(len(self.copied), 'other file')}",
             f"adapters  {self.adapter_bytes:,} bytes in memory",
-            f"config    {_few(list(self.config))}" if self.config else "",
-            f"left out  {_few(self.left_out)}" if self.left_out else "",
+            f"config    {few(list(self.config))}" if self.config else "",
+            f"left out  {few(self.left_out)}" if self.left_out else "",
             *(f"note      {note}" for note in self.notes),
         ]
         return "\n".join(line for line in lines if line)
@@ -188,8 +188,8 @@ def plan_merge(
     notes = [f"{member.name} has weight 0 and changes nothing" for member in members if not member.weight]
     notes += _strangers(members, opened)
     if factors := [name for name in opened.shapes if FACTOR.search(name)]:
-        notes.append(f"the base holds an adapter of its own, which stays as it is: {_few(factors)}")
-    notes += [f"left in the base's folder: {_few(left)}"] if left else []
+        notes.append(f"the base holds an adapter of its own, which stays as it is: {few(factors)}")
+    notes += [f"left in the base's folder: {few(left)}"] if left else []
     if assembly.labels is not None:
         told = ", as its config.json now says" if "id2label" in config else ""
         notes.append(f"the result's head has {count(assembly.labels, 'label')}{told}: load it as a model for that task")
@@ -197,7 +197,7 @@ def plan_merge(
         notes.append("the base has no config.json: the result is weights alone, and takes one to be loaded as a model")
     if shared := [name for name, edit in edits.items() if edit.shares_dora]:
         notes.append(
-            f"an adapter with DoRA and another one change the same weights ({_few(shared)}): each delta is taken from "
+            f"an adapter with DoRA and another one change the same weights ({few(shared)}): each delta is taken from "
             "the base's own weight; merged one after another, DoRA is taken from what the adapters before it gave"
         )
     return MergePlan(
@@ -280,8 +280,3 @@ def _recorded(member: Member) -> str:
 
 def _is_finite(weight: object) -> bool:
     return isinstance(weight, SupportsFloat) and not isinstance(weight, bool) and math.isfinite(weight)
-
-
-def _few(names: Iterable[str]) -> str:
-    listed = list(names)
-    return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")

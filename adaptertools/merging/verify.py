@@ -13,12 +13,12 @@ from adaptertools.adapter import Adapter
 from adaptertools.containers.checkpoint import Checkpoint
 from adaptertools.containers.pipeline import open_checkpoint
 from adaptertools.containers.source import Located, located
-from adaptertools.errors import AmbiguousFormatError, FileError, SourceNotFoundError, count
+from adaptertools.errors import AmbiguousFormatError, FileError, SourceNotFoundError, count, few
 from adaptertools.linalg import parse_device
 from adaptertools.merging import record
 from adaptertools.merging.coefficients import Coefficient, fit, misapplied
 from adaptertools.merging.comparison import Comparison, TensorCheck
-from adaptertools.merging.layout import dropped_buffers, few, problems_of_files, problems_of_names
+from adaptertools.merging.layout import dropped_buffers, problems_of_files, problems_of_names
 from adaptertools.merging.plan import MergePlan, plan_merge
 from adaptertools.tensors import dtype_name
 
@@ -149,7 +149,7 @@ def _judged(plan: MergePlan, comparable: Sequence[str]) -> list[int]:
 
 def _notes(plan: MergePlan, dropped: Sequence[str]) -> tuple[str, ...]:
     """What the plan has to say, what it leaves out, and what a merge by another tool does."""
-    without = (f"it is without {few(dropped)}, which the class of the model makes anew",) if dropped else ()
+    without = (f"it is without {few(dropped, 5)}, which the class of the model makes anew",) if dropped else ()
     unmatched, first = count(len(plan.left_out), "module", ("matches", "match")), ", ".join(plan.left_out[:3])
     left_out = (f"{unmatched} no weight of the base, without effect: {first}",) if plan.left_out else ()
     cast = plan.cast

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from adaptertools.adapter import Adapter, RowWeights, WeightRole
 from adaptertools.containers.checkpoint import Checkpoint
-from adaptertools.errors import MatchError, OptionError, ShapeError, UnsupportedFeatureError
+from adaptertools.errors import MatchError, OptionError, ShapeError, UnsupportedFeatureError, few
 from adaptertools.merging.match import Names
 from adaptertools.tensors import check_finite
 
@@ -84,10 +84,10 @@ def gather(
         f"{name} (token rows)" for name, all_rows in found.rows.items() if any(of.weight != 1 for _, of in all_rows)
     ]
     if replaced:
-        found.notes.append(f"whole weights replace those of the base whatever the weight: {_few(replaced)}")
+        found.notes.append(f"whole weights replace those of the base whatever the weight: {few(replaced)}")
     new = [name for name in found.weights if name not in base.shapes and name != head]
     if new:
-        found.notes.append(f"the base has no {_few(new)}; added as the adapter holds them")
+        found.notes.append(f"the base has no {few(new)}; added as the adapter holds them")
     return found
 
 
@@ -166,13 +166,9 @@ def _check_rows(found: Whole) -> None:
 def _leave_out(found: Whole, member: Member) -> None:
     held = [*member.adapter.full_weights, *(f"{name} (token rows)" for name in member.adapter.row_weights)]
     if held:
-        found.notes.append(f"whole weights of {member.name} are not taken: {_few(held)}")
+        found.notes.append(f"whole weights of {member.name} are not taken: {few(held)}")
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
     wide = torch.promote_types(one.dtype, other.dtype)
     return one.shape == other.shape and torch.equal(one.to(wide), other.to(wide))
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from adaptertools.adapter import Adapter, LoraModule, expect_adapter, merge_notes
+from adaptertools.errors import few
 from adaptertools.linalg import delta_norm
 from adaptertools.names import leaf
 from adaptertools.tensors import all_finite, dtype_name, tensor_bytes
@@ -145,14 +146,14 @@ def _unusual_scaling(modules: Iterable[LoraModule]) -> list[str]:
 
 def _odd_values(adapter: Adapter, rows: Iterable[ModuleSummary]) -> list[str]:
     bad = [name for name, tensor in adapter.named_tensors.items() if not all_finite(tensor)]
-    words = [f"NaN or infinity in {_few(bad)}"] if bad else []
+    words = [f"NaN or infinity in {few(bad)}"] if bad else []
     zero = [row.target for row in rows if row.delta_norm == 0 and row.scaling]
     if zero:
-        words.append(f"a factor that is all zero, so that nothing changes, in {_modules(len(zero))}: {_few(zero)}")
+        words.append(f"a factor that is all zero, so that nothing changes, in {_modules(len(zero))}: {few(zero)}")
     same: dict[bytes, list[str]] = {}
     for module in adapter.modules:
         same.setdefault(_digest(module), []).append(str(module.target))
-    words += [f"the same factors, bit by bit, in {_few(names)}" for names in same.values() if len(names) > 1]
+    words += [f"the same factors, bit by bit, in {few(names)}" for names in same.values() if len(names) > 1]
     return words
 
 
@@ -193,10 +194,6 @@ def _count(values: Iterable[Any]) -> dict[Any, int]:
 
 def _modules(count: int) -> str:
     return f"{count} module{'' if count == 1 else 's'}"
-
-
-def _few(names: list[str], most: int = 3) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _plain(value: Any) -> Any:

@@ -11,7 +11,7 @@ from adaptertools.dialects.diffusers.metadata import component_fields, layer_alp
 from adaptertools.dialects.peft.factors import Layer, layers
 from adaptertools.dialects.peft.keys import MAGNITUDE
 from adaptertools.encoding import Encoder
-from adaptertools.errors import UnsupportedFeatureError, count
+from adaptertools.errors import UnsupportedFeatureError, count, few
 from adaptertools.module import LoraModule, ScaleRule
 from adaptertools.names import join, leaf
 from adaptertools.tensors import Deferred, combine
@@ -154,8 +154,3 @@ def _folded_bias(modules: Sequence[LoraModule], encoder: Encoder) -> Deferred:
 
 def _zeros(size: int, dtype: torch.dtype) -> Deferred:
     return Deferred(shape=(size,), dtype=dtype, compute=lambda: torch.zeros(size, dtype=dtype))
-
-
-def few(names: Sequence[str]) -> str:
-    """Up to three names, and how many more there are."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

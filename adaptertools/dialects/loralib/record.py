@@ -19,7 +19,7 @@ from typing import Any
 
 from adaptertools.adapter import Adapter, Base, Kind, LoraModule, ScaleRule, WeightRole
 from adaptertools.dialects.loralib.layout import Layout
-from adaptertools.errors import ConfigError
+from adaptertools.errors import ConfigError, few
 
 _CLASSES = {"Linear": Kind.LINEAR, "MergedLinear": Kind.LINEAR, "Embedding": Kind.EMBEDDING, "Conv2d": Kind.CONV}
 
@@ -149,17 +149,13 @@ def building_notes(layers: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
         notes = [f"the file cannot say alpha: build each layer with lora_alpha equal to its r ({pairs})"]
     turned = [name for name, entry in layers.items() if entry["fan_in_fan_out"]]
     if turned:
-        notes.append(f"build with fan_in_fan_out=True: {_few(turned)}")
+        notes.append(f"build with fan_in_fan_out=True: {few(turned)}")
     merged: dict[tuple[bool, ...], list[str]] = {}
     for name, entry in layers.items():
         if entry["enable_lora"]:
             merged.setdefault(tuple(entry["enable_lora"]), []).append(name)
-    notes += [f"build as MergedLinear with enable_lora={list(slots)}: {_few(names)}" for slots, names in merged.items()]
+    notes += [f"build as MergedLinear with enable_lora={list(slots)}: {few(names)}" for slots, names in merged.items()]
     return tuple(notes)
-
-
-def _few(names: list[str], most: int = 3) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _number(value: float) -> str:

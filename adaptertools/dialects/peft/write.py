@@ -14,7 +14,7 @@ from adaptertools.dialects.peft.keys import MAGNITUDE, PREFIX, TOKENS
 from adaptertools.dialects.peft.layout import Layout
 from adaptertools.dialects.peft.patterns import anchored
 from adaptertools.encoding import Encoder
-from adaptertools.errors import UnsupportedFeatureError
+from adaptertools.errors import UnsupportedFeatureError, few
 from adaptertools.module import Kind, ScaleRule
 from adaptertools.names import leaf, parent
 from adaptertools.tensors import Deferred, combine, natural_order
@@ -256,7 +256,7 @@ def check_uniform(layout: Layout) -> None:
     biased = any("lora_bias" in layer.extra for layer in layers)
     if plain and len(plain) < len(layers):
         raise UnsupportedFeatureError(
-            f"{_few(plain)} without DoRA beside layers with it: PEFT's use_dora is for all layers. "
+            f"{few(plain)} without DoRA beside layers with it: PEFT's use_dora is for all layers. "
             "Give it up with --drop dora, or write two adapters (--only)"
         )
     if biased and not (plain or not layers):
@@ -264,10 +264,6 @@ def check_uniform(layout: Layout) -> None:
     without = [layer.parameter for layer in layers if layer.kind is Kind.EMBEDDING] + bare
     if biased and without:
         raise UnsupportedFeatureError(
-            f"{_few(without)} beside layers with lora_bias: PEFT has none for embeddings and bare parameters. "
+            f"{few(without)} beside layers with lora_bias: PEFT has none for embeddings and bare parameters. "
             "Give it up with --drop lora-bias, or write two adapters (--only)"
         )
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
